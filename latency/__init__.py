@@ -1,0 +1,1 @@
+"""What a device does: measured latencies of operators and of whole models."""

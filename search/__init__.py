@@ -1,0 +1,1 @@
+"""Which architecture to train: search against measured latency and a short-training proxy."""

@@ -1,0 +1,1 @@
+"""What a small language model is, and how to train, run and export it."""

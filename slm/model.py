@@ -1,0 +1,157 @@
+"""The language model: embed -> meta tokens -> operators -> norm -> head.
+
+Letters: B rows, T tokens, M meta tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm.architecture import Architecture
+from slm.operators import OPERATORS, OperatorConfig, Sequence, State
+
+INITIAL_STD = 0.02
+
+
+class Layer(nn.Module):
+    """One operator with the norm before it and the residual around it."""
+
+    def __init__(self, config: OperatorConfig, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.operator = OPERATORS[config.name](config, width)
+
+    def scan(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
+        """From x [B, T, D]: x + operator(norm(x)), and the operator's memory."""
+        y, memory = self.operator.scan(self.norm(x), sequence, start)
+        return x + y, memory
+
+    def forward(self, x: Tensor, sequence: Sequence, state: State) -> Tensor:
+        """As `scan`, going on from `state` and updating it in place."""
+        return x + self.operator(self.norm(x), sequence, state)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """One token x [B, D]; updates `state` in place."""
+        return x + self.operator.step(self.norm(x), state)
+
+
+class ModelState:
+    """The static state of a batch: one state per operator, meta tokens already absorbed."""
+
+    def __init__(self, operators: list[State], meta: list[Any]) -> None:
+        self.operators = operators
+        self._meta = meta
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the state after the meta tokens, in place."""
+        for state, memory in zip(self.operators, self._meta, strict=True):
+            state.reset()
+            if memory is not None:
+                state.write(memory, Sequence())
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes row index[b], in place (beam search)."""
+        for state in self.operators:
+            state.reorder(index)
+
+
+class LanguageModel(nn.Module):
+    """A hybrid language model; every document starts from the state after the meta tokens.
+
+    So packed training equals separate documents, and training equals decoding.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, vocab_size = architecture.width, architecture.vocab_size
+        self.architecture = architecture
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.meta_tokens = nn.Parameter(torch.empty(architecture.meta_tokens, width))
+        layers = [Layer(config, width, architecture.norm_eps) for config in architecture.operators]
+        # A ModuleList; the cast gives its items their type.
+        self.layers = cast("list[Layer]", nn.ModuleList(layers))
+        self.norm = nn.RMSNorm(width, eps=architecture.norm_eps)
+        if not architecture.tie_embeddings:
+            self.head = nn.Linear(width, vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) for projections and the embedding, as Nemotron-Flash has it.
+
+        The rest is initialised by the operator that owns it.
+        """
+        nn.init.normal_(self.meta_tokens, std=1.0)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] in fp32 of tokens [B, T].
+
+        documents: [B, T] int64, changes where a new document begins; None: one per row.
+        lengths: [B] int64, real tokens of each row; what follows them is padding.
+        """
+        return self.logits(self.hidden(tokens, documents, lengths))
+
+    def hidden(
+        self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream [B, T, D] after the last norm."""
+        sequence = Sequence(documents, lengths)
+        x = self.embedding(tokens)
+        meta, memory = self.meta_tokens.unsqueeze(0), None
+        for layer in self.layers:
+            if self.architecture.meta_tokens:
+                meta, memory = layer.scan(meta, Sequence(), None)
+            x, _ = layer.scan(x, sequence, memory)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in fp32 of hidden [..., D]."""
+        weight = self.embedding.weight if self.architecture.tie_embeddings else self.head.weight
+        logits = F.linear(hidden, weight)
+        if self.architecture.normalize_logits:
+            logits = logits / weight.norm(dim=-1)
+        return logits.float()
+
+    @torch.no_grad()
+    def init_state(self, batch_size: int, max_tokens: int) -> ModelState:
+        """A static state for rows of up to `max_tokens` tokens, meta tokens not counted."""
+        num_meta = self.architecture.meta_tokens
+        meta, memories = self.meta_tokens.unsqueeze(0), []
+        for layer in self.layers:
+            memory = None
+            if num_meta:
+                meta, memory = layer.scan(meta, Sequence(), None)
+            memories.append(memory)
+        states = [
+            layer.operator.init_state(batch_size, num_meta + max_tokens) for layer in self.layers
+        ]
+        return ModelState(states, memories)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None) -> Tensor:
+        """Append tokens [B, T] to `state`, in place; logits [B, V] of each row's last real one."""
+        sequence = Sequence(None, lengths)
+        x = self.embedding(tokens)
+        for layer, operator_state in zip(self.layers, state.operators, strict=True):
+            x = layer(x, sequence, operator_state)
+        rows = torch.arange(len(x), device=x.device)
+        last = x[:, -1] if lengths is None else x[rows, lengths - 1]
+        return self.logits(self.norm(last))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Append one token [B] per row to `state`, in place; logits [B, V]."""
+        x = self.embedding(tokens)
+        for layer, operator_state in zip(self.layers, state.operators, strict=True):
+            x = layer.step(x, operator_state)
+        return self.logits(self.norm(x))

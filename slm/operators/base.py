@@ -1,0 +1,233 @@
+"""The one interface of all operators.
+
+An operator is a token mixer or a feed-forward network; with a norm before it and the residual
+around it, it is one layer of the model. Its *config* decides shapes and cost without building
+anything; its *module* computes. What a mixer remembers exists in two forms:
+
+- a *memory*: plain tensors that `scan` takes and returns, through which gradients flow;
+- a *state*: static buffers of a fixed batch, which `step` updates in place while decoding.
+
+Letters: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """How the tokens of a batch hang together.
+
+    documents: [B, T] int64, changes where a new document begins; None: each row is one document.
+    lengths: [B] int64, real tokens of each row, the rest being padding; None: all are real.
+    """
+
+    documents: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @cached_property
+    def ages(self) -> Tensor | None:
+        """[B, T] int64: tokens of the same document before each token; None without documents."""
+        if self.documents is None:
+            return None
+        place = torch.arange(self.documents.shape[1], device=self.documents.device)
+        begins = self.documents[:, 1:] != self.documents[:, :-1]
+        begins = nn.functional.pad(begins, (1, 0), value=True)
+        return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+    def is_real(self, num_tokens: int) -> Tensor | None:
+        """[B, T] bool: false for padding; None when there is none."""
+        if self.lengths is None:
+            return None
+        place = torch.arange(num_tokens, device=self.lengths.device)
+        return place < self.lengths[:, None]
+
+
+class State:
+    """Static buffers [B, ...] of one operator for a fixed batch."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every buffer; the first axis is the batch."""
+        return []
+
+    def read(self) -> Any:
+        """What the state holds, as a memory."""
+        return None
+
+    def write(self, memory: Any, sequence: Sequence) -> None:
+        """Take over, in place, the memory that `scan` returned."""
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes row index[b], in place (beam search)."""
+        for tensor in self.tensors():
+            tensor.copy_(tensor.index_select(0, index))
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The memory of a recurrent mixer.
+
+    matrix: [B|1, H, K, V] fp32, the recurrent state.
+    tail: [B|1, W − 1, C], the last inputs of its short convolution.
+    """
+
+    matrix: Tensor
+    tail: Tensor
+
+
+class RecurrentState(State):
+    """The static form of a `Recurrence`."""
+
+    def __init__(self, matrix: Tensor, tail: Tensor) -> None:
+        self.matrix, self.tail = matrix, tail
+
+    def tensors(self) -> list[Tensor]:
+        """The recurrent state and the convolution's tail."""
+        return [self.matrix, self.tail]
+
+    def read(self) -> Recurrence:
+        """What the state holds, as a memory."""
+        return Recurrence(self.matrix, self.tail)
+
+    def write(self, memory: Recurrence, sequence: Sequence) -> None:
+        """Take over the recurrent state and the tail, in place."""
+        self.matrix.copy_(memory.matrix.expand_as(self.matrix))
+        self.tail.copy_(memory.tail.expand_as(self.tail))
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """Everything about an operator that decides shapes, apart from the width of the model."""
+
+    name: ClassVar[str]
+
+    def problems(self, width: int) -> list[str]:
+        """Why this operator cannot be built at this width; empty when it can."""
+        raise NotImplementedError
+
+    def parameters(self, width: int) -> int:
+        """Exact number of parameters of the module, without the norm before it."""
+        raise NotImplementedError
+
+    def flops_per_token(self, width: int, context: int) -> float:
+        """Forward FLOPs of one token that sees `context` tokens, itself included."""
+        raise NotImplementedError
+
+    def state_bytes(self, width: int, context: int, bytes_per_value: int) -> int:
+        """Bytes of one sequence's state after `context` tokens."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Canonical text, 'attention(head_dim=32)': fields at their default are left out."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}({','.join(changed)})" if changed else self.name
+
+
+class Operator(nn.Module):
+    """The module of an operator.
+
+    reads, writes: names of the matrices that read from, or write to, the residual stream; the
+        former hold the width on their last axis, the latter on their first.
+    """
+
+    config_class: ClassVar[type[OperatorConfig]]
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+
+    def scan(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
+        """Mix x [B, T, D], every document beginning with the memory `start` (None: nothing).
+
+        Returns y [B, T, D] and the memory after each row's last real token. Differentiable.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        """One token x [B, D] per row: y [B, D]; updates `state` in place."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, max_tokens: int) -> State:
+        """Empty buffers for `batch_size` rows of up to `max_tokens` tokens."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sequence: Sequence, state: State | None = None) -> Tensor:
+        """Mix x [B, T, D]; goes on from `state`, if given, and updates it in place."""
+        y, memory = self.scan(x, sequence, None if state is None else state.read())
+        if state is not None:
+            state.write(memory, sequence)
+        return y
+
+
+OPERATORS: dict[str, type[Operator]] = {}
+
+OperatorType = TypeVar("OperatorType", bound=type[Operator])
+
+
+def register(config_class: type[OperatorConfig]) -> Callable[[OperatorType], OperatorType]:
+    """Class decorator: make an operator known by its config's name.
+
+    Raises ValueError if the name is taken by another operator.
+    """
+
+    def add(module_class: OperatorType) -> OperatorType:
+        name = config_class.name
+        known = OPERATORS.get(name)
+        if known is not None and known.__qualname__ != module_class.__qualname__:
+            raise ValueError(f"operator name {name!r} is taken by {known.__qualname__}")
+        module_class.config_class = config_class
+        OPERATORS[name] = module_class
+        return module_class
+
+    return add
+
+
+def parse_operator(text: str) -> OperatorConfig:
+    """The config that `text` stands for: 'ffn' or 'attention(head_dim=32,window=512)'.
+
+    Raises ValueError naming the operator or the field that is wrong.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if match is None:
+        raise ValueError(f"operator {text!r}: expected 'name' or 'name(field=value,…)'")
+    name, arguments = match[1], match[2] or ""
+    if name not in OPERATORS:
+        raise ValueError(f"operator {name!r} is unknown; known: {', '.join(sorted(OPERATORS))}")
+    config_class = OPERATORS[name].config_class
+    known = {field.name: field for field in fields(config_class)}
+    values: dict[str, Any] = {}
+    for argument in filter(None, (part.strip() for part in arguments.split(","))):
+        key, _, value = (part.strip() for part in argument.partition("="))
+        if key not in known:
+            raise ValueError(f"{name}: unknown field {key!r}; known: {', '.join(known)}")
+        try:
+            values[key] = _coerce(ast.literal_eval(value), str(known[key].type))
+        except (ValueError, SyntaxError, TypeError):
+            raise ValueError(f"{name}.{key}: expected {known[key].type}, got {value!r}") from None
+    return config_class(**values)
+
+
+def _coerce(value: Any, annotation: str) -> Any:
+    """The value as the annotated type ('int', 'float', 'bool', 'int | None', …)."""
+    allowed = [part.strip() for part in annotation.split("|")]
+    if type(value) is int and "int" not in allowed and "float" in allowed:
+        value = float(value)
+    if type(value).__name__.replace("NoneType", "None") not in allowed:
+        raise TypeError(annotation)
+    return value
