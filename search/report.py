@@ -1,0 +1,157 @@
+"""One HTML file to look at: what was searched, what was found, which one was chosen and why.
+
+    python -m search.report runs/demo
+
+Reads what a search, and the training and export of its winner, have left in the run folder;
+whatever is not there yet is left out. The page needs nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from search.report_figures import frontier_figure, progress_figure, training_figure
+from slm.training.files import write_atomically
+
+Record = dict[str, Any]
+
+# One colour per operator, the same everywhere on the page.
+OPERATOR_COLORS = {
+    "attention": "#d1495b",
+    "mamba2": "#2e86ab",
+    "deltanet": "#3c896d",
+    "ffn": "#c9b79c",
+}
+OTHER_OPERATOR_COLOR = "#7d5ba6"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into the folder of a search, and return its path.
+
+    Raises ValueError naming the file if the folder holds no search.
+    """
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        operator_color=lambda text: OPERATOR_COLORS.get(operator_name(text), OTHER_OPERATOR_COLOR),
+        operator_name=operator_name,
+    )
+    page = environment.get_template("report.html.j2").render(**report_content(run_folder))
+    path = run_folder / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def report_content(run_folder: Path) -> dict[str, Any]:
+    """Everything the page shows, by the names its template uses."""
+    search = _read_json(run_folder / "search.json")
+    if search is None:
+        raise ValueError(f"{run_folder / 'search.json'}: not found; is this a search's folder?")
+    candidates = _read_json(run_folder / "candidates.json") or []
+    frontier = _read_json(run_folder / "frontier.json") or {}
+    scored = [record for record in candidates if record["state"] == "scored"]
+    members = frontier.get("members", [])
+    chosen = next((r for r in scored if r["digest"] == frontier.get("chosen")), None)
+    curve = _read_metrics(run_folder / "train" / "metrics.csv")
+    return {
+        "search": search,
+        "candidates": candidates,
+        "scored": scored,
+        "members": members,
+        "chosen": chosen,
+        "reasons": reasons(chosen, scored, members, search) if chosen else [],
+        "trained": _read_json(run_folder / "train" / "result.json"),
+        "export": _read_json(run_folder / "export.json"),
+        "figures": {
+            "frontier": frontier_figure(search, scored, members, chosen),
+            "progress": progress_figure(scored, frontier.get("hypervolume_history", [])),
+            "training": training_figure(curve),
+        },
+    }
+
+
+def reasons(
+    chosen: Record, scored: list[Record], members: list[Record], search: Record
+) -> list[str]:
+    """Why this candidate was chosen, one sentence each, in figures."""
+    within = [r for r in scored if r["meets_target"]]
+    found = [
+        f"Lowest validation loss ({chosen['loss']:.4f} nats per token) of the {len(within)} "
+        f"candidates measured within the target of {search['target_ms']:.2f} ms "
+        f"({len(scored)} were scored)."
+    ]
+    faster = [r for r in members if r["latency_ms"] < chosen["latency_ms"]]
+    if faster:
+        next_faster = max(faster, key=lambda r: r["latency_ms"])
+        found.append(
+            f"The next faster one on the frontier (#{next_faster['number']}) takes "
+            f"{next_faster['latency_ms']:.2f} ms instead of {chosen['latency_ms']:.2f} ms and "
+            f"loses {next_faster['loss'] - chosen['loss']:.4f} nats."
+        )
+    plain = next((r for r in scored if r["digest"] == search["reference"]["digest"]), None)
+    if plain is not None and plain is not chosen:
+        found.append(
+            f"The plain transformer (#{plain['number']}) reached {plain['loss']:.4f} nats in "
+            f"{plain['latency_ms']:.2f} ms after the same number of training tokens."
+        )
+    return found
+
+
+def operator_name(text: str) -> str:
+    """'attention' of 'attention(head_dim=32)'."""
+    return text.partition("(")[0]
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a training run's metrics, empty fields left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+def main() -> None:
+    """Write the report of the run folder named on the command line."""
+    if len(sys.argv) != 2:
+        print("usage: python -m search.report RUN_FOLDER", file=sys.stderr)
+        sys.exit(2)
+    try:
+        path = write_report(Path(sys.argv[1]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run_folder = path.parent
+    for name, place in (
+        ("report", path),
+        ("frontier", run_folder / "frontier"),
+        ("model", run_folder / "train"),
+        ("export", run_folder / "export"),
+    ):
+        if place.exists():
+            print(f"{name:<9} {place}")
+
+
+if __name__ == "__main__":
+    main()

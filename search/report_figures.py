@@ -1,0 +1,152 @@
+"""The interactive figures of the report, as pieces of HTML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Record = dict[str, Any]
+
+INK, GRID, ACCENT, QUIET, LINE = "#22303c", "#e6e9ec", "#d1495b", "#9aa5b1", "#2e86ab"
+
+
+def frontier_figure(
+    search: Record, scored: list[Record], members: list[Record], chosen: Record | None
+) -> str | None:
+    """Loss against measured latency of every candidate; None before the first."""
+    if not scored:
+        return None
+    import plotly.graph_objects as go
+
+    numbers = {record["number"] for record in members}
+    others = [record for record in scored if record["number"] not in numbers]
+    figure = go.Figure()
+    figure.add_trace(_points(others, "candidate", QUIET, 8))
+    ordered = sorted(members, key=lambda record: record["latency_ms"])
+    figure.add_trace(
+        go.Scatter(
+            x=[record["latency_ms"] for record in ordered],
+            y=[record["loss"] for record in ordered],
+            mode="lines",
+            line={"color": LINE, "width": 1.5, "shape": "hv"},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
+    figure.add_trace(_points(ordered, "frontier", LINE, 10))
+    plain = [r for r in scored if r["digest"] == search["reference"]["digest"]]
+    if plain:
+        figure.add_trace(_points(plain, "plain transformer", INK, 12, symbol="square-open"))
+    if chosen is not None:
+        figure.add_trace(_points([chosen], "chosen", ACCENT, 17, symbol="star"))
+    figure.add_vline(
+        x=search["target_ms"],
+        line={"color": ACCENT, "width": 1, "dash": "dash"},
+        annotation_text=f"target {search['target_ms']:.2f} ms",
+        annotation_position="top right",
+    )
+    figure.update_xaxes(title="measured latency of one request, ms (bars: 95 % interval)")
+    figure.update_yaxes(title="validation loss after the proxy, nats per token")
+    # The page's script is embedded once, with its first figure.
+    return _html(figure, height=460, script=True)
+
+
+def progress_figure(scored: list[Record], history: list[list[float]]) -> str | None:
+    """Loss of each candidate in order, the best so far, and the hypervolume; None before two."""
+    if len(scored) < 2:
+        return None
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    figure.add_trace(_trace(go, scored, "number", "loss", "candidate", "markers", QUIET))
+    best = [record for record in scored if record["best_so_far"]]
+    last = {**best[-1], "number": scored[-1]["number"]} if best else None
+    steps = [*best, last] if last else best
+    trace = _trace(go, steps, "number", "loss", "best within the target", "lines", ACCENT)
+    figure.add_trace(trace.update(line={"shape": "hv", "color": ACCENT}))
+    if history:
+        figure.add_trace(
+            go.Scatter(
+                x=[number for number, _ in history],
+                y=[volume for _, volume in history],
+                name="hypervolume (right)",
+                line={"color": LINE, "width": 1.5, "dash": "dot"},
+            ),
+            secondary_y=True,
+        )
+    figure.update_xaxes(title="candidate")
+    figure.update_yaxes(title="validation loss, nats per token", secondary_y=False)
+    figure.update_yaxes(title="hypervolume", showgrid=False, secondary_y=True)
+    return _html(figure, height=340)
+
+
+def training_figure(curve: list[dict[str, float]]) -> str | None:
+    """Training and validation loss of the winner; None before it is trained."""
+    if not curve:
+        return None
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    rows = [row for row in curve if "loss" in row]
+    figure.add_trace(_trace(go, rows, "tokens", "loss", "training", "lines", QUIET))
+    rows = [row for row in curve if "validation_loss" in row]
+    figure.add_trace(
+        _trace(go, rows, "tokens", "validation_loss", "validation", "lines+markers", ACCENT)
+    )
+    figure.update_xaxes(title="training tokens")
+    figure.update_yaxes(title="loss, nats per token")
+    return _html(figure, height=340)
+
+
+def _trace(go: Any, rows: list[Record], x: str, y: str, name: str, mode: str, color: str) -> Any:
+    return go.Scatter(
+        x=[row[x] for row in rows],
+        y=[row[y] for row in rows],
+        name=name,
+        mode=mode,
+        marker={"color": color},
+        line={"color": color},
+    )
+
+
+def _points(records: list[Record], name: str, color: str, size: int, symbol: str = "circle") -> Any:
+    import plotly.graph_objects as go
+
+    return go.Scatter(
+        x=[r["latency_ms"] for r in records],
+        y=[r["loss"] for r in records],
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [r["latency_high_ms"] - r["latency_ms"] for r in records],
+            "arrayminus": [r["latency_ms"] - r["latency_low_ms"] for r in records],
+            "color": color,
+            "thickness": 1,
+            "width": 2,
+        },
+        mode="markers",
+        name=name,
+        marker={"color": color, "size": size, "symbol": symbol, "line": {"width": 1.5}},
+        text=[
+            f"<b>#{r['number']}</b> {r['short']}<br>width {r['width']}, "
+            f"{r['parameters']:,} parameters<br>loss {r['loss']:.4f}, {r['latency_ms']:.2f} ms"
+            for r in records
+        ],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _html(figure: Any, height: int, script: bool = False) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 60, "t": 30, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        legend={"orientation": "h", "y": 1.08, "x": 0},
+    )
+    figure.update_xaxes(gridcolor=GRID)
+    figure.update_yaxes(gridcolor=GRID)
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=script, config={"displaylogo": False, "responsive": True}
+    )
+    return html

@@ -1,0 +1,163 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.report import report_content, write_report
+
+OPERATORS = ["attention(head_dim=16)", "ffn", "deltanet(head_dim=16)", "ffn"]
+
+
+def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "number": number,
+        "state": "scored",
+        "origin": "random",
+        "seed_name": None,
+        "parent": None,
+        "factor": None,
+        "operators": OPERATORS,
+        "short": "A F D F",
+        "width": 64,
+        "depth": 2,
+        "architecture": f"width=64 vocab_size=100 | {' '.join(OPERATORS)}",
+        "digest": f"{number:012x}",
+        "parameters": 123456,
+        "state_bytes": 4096,
+        "predicted_ms": latency_ms * 1.1,
+        "latency_ms": latency_ms,
+        "latency_low_ms": latency_ms - 0.1,
+        "latency_high_ms": latency_ms + 0.2,
+        "tpot_ms": latency_ms / 64,
+        "meets_target": latency_ms <= 10,
+        "loss": loss,
+        "bits_per_byte": loss / 2.7,
+        "best_so_far": number == 0,
+        "accuracy": 0.41,
+        "accuracy_low": 0.38,
+        "accuracy_high": 0.44,
+        "error": None,
+        **changes,
+    }
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    scored = [record(0, 5.0, 9.0), record(1, 5.5, 6.0), record(2, 4.5, 12.0), record(3, 6.0, 8.0)]
+    lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", "latency_ms": None}
+    members = [scored[1], scored[0], scored[2]]
+    search = {
+        "name": "example",
+        "status": "finished",
+        "seed": 3,
+        "started_at": "2026-01-01T00:00:00Z",
+        "seconds": 12.0,
+        "command": ["search", "space=demo"],
+        "target_ms": 10.0,
+        "target_source": "reference",
+        "reference": {"name": "transformer", "digest": scored[3]["digest"], "latency_ms": 8.0},
+        "workload": {"batch_size": 1, "prompt_tokens": 64, "new_tokens": 64, "dtype": "float32"},
+        "device": {"name": "A & B processor"},
+        "device_key": "a-b",
+        "table": {"path": "table.json", "error": {"mape_percent": 3.21}},
+        "versions": {"torch": "2.13.0"},
+        "machine": {"cpu_count": 2},
+    }
+    frontier = {
+        "chosen": scored[0]["digest"],
+        "members": members,
+        "hypervolume_history": [[0, 1.0], [1, 1.5], [2, 2.0], [3, 2.0]],
+    }
+    for name, content in (
+        ("search", search),
+        ("candidates", [*scored, lost]),
+        ("frontier", frontier),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Text and addresses of a page, scripts apart."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.addresses, self.inside = "", [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag
+        self.addresses += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+
+def test_page_is_self_contained_and_names_the_chosen_one(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+    assert page.addresses == []
+    text = re.sub(r"\s+", " ", page.text)
+    assert "The chosen architecture: #0" in text
+    assert "of the 3 candidates measured within the target of 10.00 ms (4 were scored)" in text
+    assert "#1) takes 6.00 ms instead of 9.00 ms and loses 0.5000 nats" in text
+    assert "plain transformer (#3) reached 6.0000 nats in 8.00 ms" in text
+    assert "9.00 [8.90, 9.20]" in text
+    assert "A & B processor" in text
+    assert "worker <died>" in text
+    assert "Training of the winner" not in text
+
+
+def test_figures_hold_every_scored_candidate(run_folder: Path) -> None:
+    figure = report_content(run_folder)["figures"]["frontier"]
+    for loss in (5.0, 5.5, 4.5, 6.0):
+        assert re.search(rf'"y":\[[^\]]*\b{loss}\b', figure), loss
+
+
+def test_training_and_export_appear_once_there(run_folder: Path) -> None:
+    train = run_folder / "train"
+    train.mkdir()
+    (train / "metrics.csv").write_text(
+        "step,tokens,seconds,loss,lr,tokens_per_s,validation_loss,bits_per_byte\n"
+        "10,1000,1.0,6.5,0.001,1000,,\n10,1000,1.0,,,,6.25,2.0\n"
+    )
+    result = {"validation_loss": 6.25, "bits_per_byte": 2.0, "tokens": 1000, "seconds": 1.0}
+    (train / "result.json").write_text(json.dumps(result))
+    export = {
+        "path": "runs/example/export",
+        "max_abs_logit_difference": 0.0,
+        "cached_equals_uncached": True,
+        "prompt": "ROMEO.",
+        "sample": " <b>But soft</b>",
+    }
+    (run_folder / "export.json").write_text(json.dumps(export))
+    text = Page(write_report(run_folder)).text
+    assert "Validation loss 6.2500" in text
+    assert "ROMEO. <b>But soft</b>" in text
+    assert '"y":[6.25]' in report_content(run_folder)["figures"]["training"]
+
+
+def test_a_search_that_has_scored_nothing(run_folder: Path) -> None:
+    (run_folder / "candidates.json").unlink()
+    (run_folder / "frontier.json").unlink()
+    assert "No candidate has been scored yet" in Page(write_report(run_folder)).text
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_folder_without_a_search_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "search.json").write_text(content)
+    command = [sys.executable, "-m", "search.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'search.json'}: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "report.html").exists()
