@@ -45,6 +45,7 @@ def write_report(run_folder: Path) -> Path:
     environment.filters.update(
         operator_color=lambda text: OPERATOR_COLORS.get(operator_name(text), OTHER_OPERATOR_COLOR),
         operator_name=operator_name,
+        continuation=lambda sample, prompt: sample.removeprefix(prompt),
     )
     page = environment.get_template("report.html.j2").render(**report_content(run_folder))
     path = run_folder / "report.html"

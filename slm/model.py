@@ -138,20 +138,33 @@ class LanguageModel(nn.Module):
         return ModelState(states, memories)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None) -> Tensor:
-        """Append tokens [B, T] to `state`, in place; logits [B, V] of each row's last real one."""
+    def append(self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None) -> Tensor:
+        """Append tokens [B, T] to `state`, in place; the residual stream [B, T, D] after the norm.
+
+        lengths: [B] int64, real tokens of each row; what follows them is padding.
+        """
         sequence = Sequence(None, lengths)
         x = self.embedding(tokens)
         for layer, operator_state in zip(self.layers, state.operators, strict=True):
             x = layer(x, sequence, operator_state)
-        rows = torch.arange(len(x), device=x.device)
-        last = x[:, -1] if lengths is None else x[rows, lengths - 1]
-        return self.logits(self.norm(last))
+        return self.norm(x)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
-        """Append one token [B] per row to `state`, in place; logits [B, V]."""
+    def prefill(self, tokens: Tensor, state: ModelState, lengths: Tensor | None = None) -> Tensor:
+        """As `append`; logits [B, V] of each row's last real token."""
+        hidden = self.append(tokens, state, lengths)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.logits(hidden[:, -1] if lengths is None else hidden[rows, lengths - 1])
+
+    @torch.no_grad()
+    def append_one(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Append one token [B] per row to `state`, in place; the residual stream [B, D]."""
         x = self.embedding(tokens)
         for layer, operator_state in zip(self.layers, state.operators, strict=True):
             x = layer.step(x, operator_state)
-        return self.logits(self.norm(x))
+        return self.norm(x)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """As `append_one`; logits [B, V]."""
+        return self.logits(self.append_one(tokens, state))

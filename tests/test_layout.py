@@ -51,12 +51,14 @@ def test_importing_does_no_work() -> None:
         if path.name not in ("__main__.py", "__init__.py")
     ]
     code = (
-        "import os, sys, importlib, torch\n"
+        "import os, sys, importlib\n"
+        # What our classes derive from writes to the environment by itself.
+        "import torch, lightning, transformers; transformers.GenerationMixin\n"
         "before = dict(os.environ)\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "assert dict(os.environ) == before, set(os.environ) ^ set(before)\n"
         "assert not torch.cuda.is_initialized()\n"
-        "slow = {'wandb', 'datasets', 'fla', 'triton', 'plotly', 'pynvml'} & set(sys.modules)\n"
+        "slow = {'wandb', 'datasets', 'fla', 'plotly'} & set(sys.modules)\n"
         "assert not slow, slow\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -210,24 +210,26 @@ def parse_operator(text: str) -> OperatorConfig:
     if name not in OPERATORS:
         raise ValueError(f"operator {name!r} is unknown; known: {', '.join(sorted(OPERATORS))}")
     config_class = OPERATORS[name].config_class
-    known = {field.name: field for field in fields(config_class)}
+    types = get_type_hints(config_class)
+    known = {field.name: types[field.name] for field in fields(config_class)}
     values: dict[str, Any] = {}
     for argument in filter(None, (part.strip() for part in arguments.split(","))):
         key, _, value = (part.strip() for part in argument.partition("="))
         if key not in known:
             raise ValueError(f"{name}: unknown field {key!r}; known: {', '.join(known)}")
         try:
-            values[key] = _coerce(ast.literal_eval(value), str(known[key].type))
+            values[key] = _coerce(ast.literal_eval(value), known[key])
         except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"{name}.{key}: expected {known[key].type}, got {value!r}") from None
+            expected = getattr(known[key], "__name__", str(known[key]))
+            raise ValueError(f"{name}.{key}: expected {expected}, got {value!r}") from None
     return config_class(**values)
 
 
-def _coerce(value: Any, annotation: str) -> Any:
-    """The value as the annotated type ('int', 'float', 'bool', 'int | None', …)."""
-    allowed = [part.strip() for part in annotation.split("|")]
-    if type(value) is int and "int" not in allowed and "float" in allowed:
+def _coerce(value: Any, expected: Any) -> Any:
+    """The value, if it is of the expected type or of one of a union's; an int serves as a float."""
+    allowed = get_args(expected) or (expected,)
+    if type(value) is int and int not in allowed and float in allowed:
         value = float(value)
-    if type(value).__name__.replace("NoneType", "None") not in allowed:
-        raise TypeError(annotation)
+    if type(value) not in allowed:
+        raise TypeError(expected)
     return value

@@ -136,7 +136,7 @@ def test_training_and_export_appear_once_there(run_folder: Path) -> None:
         "max_abs_logit_difference": 0.0,
         "cached_equals_uncached": True,
         "prompt": "ROMEO.",
-        "sample": " <b>But soft</b>",
+        "sample": "ROMEO. <b>But soft</b>",
     }
     (run_folder / "export.json").write_text(json.dumps(export))
     text = Page(write_report(run_folder)).text

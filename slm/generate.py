@@ -1,0 +1,93 @@
+"""Text from a trained model, as it is generated.
+
+python -m slm.generate checkpoint=runs/train prompt="To be"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from omegaconf import DictConfig
+from pydantic import Field
+
+from slm.config import ConfigError, entry_point, read, schema
+from slm.data.tokenizer import end_of_text_id, load_tokenizer
+from slm.generation import Decoder
+from slm.hub.loading import load_model
+
+
+@schema
+class GenerateConfig:
+    """What to generate from, and how.
+
+    checkpoint: a `.ckpt` file, a run's folder or an export.
+    temperature, top_k, top_p: as in `slm.generation.Sampler`.
+    """
+
+    checkpoint: Path
+    prompt: str = ""
+    new_tokens: Annotated[int, Field(gt=0)] = 200
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint.exists():
+            raise ConfigError([f"checkpoint: '{self.checkpoint}': no such file or folder"])
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(["device: 'cuda': there is no GPU"])
+
+
+def stream(config: GenerateConfig) -> Iterator[str]:
+    """Yield the text that follows the prompt, piece by piece, until the model ends it."""
+    from tokenizers.decoders import DecodeStream
+
+    model, tokenizer_file = load_model(config.checkpoint)
+    is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    model = model.to("cuda" if is_cuda else "cpu")
+    try:
+        tokenizer = load_tokenizer(tokenizer_file)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    end_of_text = end_of_text_id(tokenizer)
+    # The end of text comes first, as in training.
+    tokens = torch.tensor([tokenizer.encode(config.prompt).ids], device=model.norm.weight.device)
+
+    decoder = Decoder(model, max_tokens=tokens.shape[1] + config.new_tokens)
+    decode = DecodeStream(skip_special_tokens=True)
+    for token in decoder.generate(
+        tokens,
+        config.new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_tokens=[end_of_text],
+    ):
+        # None in the middle of a character.
+        piece = decode.step(tokenizer, int(token))
+        if piece is not None:
+            yield piece
+
+
+def _check(config: DictConfig) -> GenerateConfig:
+    return read(GenerateConfig, config)
+
+
+@entry_point("generate", _check)
+def main(config: DictConfig) -> None:
+    """Print the prompt and what follows it."""
+    settings = _check(config)
+    print(settings.prompt, end="", flush=True)
+    for piece in stream(settings):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

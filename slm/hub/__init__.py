@@ -1,0 +1,1 @@
+"""Hugging Face: the classes transformers loads, export, and upload."""

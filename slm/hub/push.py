@@ -1,0 +1,35 @@
+"""Upload of an export to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slm.config import ConfigError
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload the files of `folder` to the model repository 'user/name', made if it is not there.
+
+    The token is the one that `hf auth login` stored or HF_TOKEN holds. Returns the address of the
+    commit. Raises ConfigError, in one line, if the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # httpx's, or that of its successor: whichever huggingface_hub is built on.
+    transport_error: type[BaseException] = HfHubHTTPError.__bases__[0]
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export by slm-frontier"
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = " (log in with `hf auth login`)" if status in (401, 403) else ""
+        reason = error.server_message or str(error).splitlines()[0]
+        raise ConfigError([f"push_to: {api.endpoint} refuses: {status}: {reason}{hint}"]) from None
+    except (transport_error, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError([f"push_to: {api.endpoint} cannot be reached: {reason}"]) from None
+    return commit.commit_url
