@@ -14,6 +14,9 @@ READY := $(VENV)/.ready
 endif
 BASE_PYTHON ?= python3
 
+# OpenMP threads that wait by spinning starve whatever shares the cores with them.
+export OMP_WAIT_POLICY := PASSIVE
+
 RUN := runs/demo
 DEMO ?= demo
 

@@ -16,12 +16,14 @@ from slm.model import LanguageModel
 class Decoder:
     """Decodes batches of `batch_size` rows of up to `max_tokens` tokens, prompt included."""
 
+    @torch.inference_mode()
     def __init__(self, model: LanguageModel, max_tokens: int, batch_size: int = 1) -> None:
         self.model = model.eval()
         self.max_tokens = max_tokens
         self.state = model.init_state(batch_size, max_tokens)
         self.num_tokens = 0
 
+    @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Forget everything but the meta tokens, then read tokens [B, T]; logits [B, V].
 
@@ -31,6 +33,7 @@ class Decoder:
         self.state.reset()
         return self.model.prefill(tokens, self.state, lengths)
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token [B] per row; logits [B, V]."""
         self._reserve(1, used=self.num_tokens)

@@ -175,8 +175,6 @@ class Attention(Operator):
         kv_width = config.kv_width(width)
         self.qkv_proj = nn.Linear(width, width + 2 * kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
@@ -215,9 +213,13 @@ class Attention(Operator):
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, K], k and v [..., G, K] of x [..., D]; q and k normed and rotated."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
-        theta = self.config.rope_theta
-        return rotate(self.q_norm(q), positions, theta), rotate(self.k_norm(k), positions, theta), v
+        num_heads = [self.num_heads, self.num_kv_heads]
+        qk, v = heads.split([sum(num_heads), self.num_kv_heads], dim=-2)
+        if self.config.qk_norm:
+            q, k = qk.split(num_heads, dim=-2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
+        q, k = rotate(qk, positions, self.config.rope_theta).split(num_heads, dim=-2)
+        return q, k, v
 
     def _visible(
         self, positions: Tensor, sequence: Sequence, start: KeyValues | None

@@ -116,8 +116,9 @@ class DeltaNet(Operator):
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (of unit length, fp32) and v [..., H, K] of the convolution's output."""
-        q, k, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return _unit(q), _unit(k), v
+        qk, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=-3)
+        q, k = _unit(qk).unbind(-3)
+        return q, k, v.squeeze(-3)
 
     def _output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Norm of each head and projection of y [..., H, K]."""

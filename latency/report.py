@@ -1,0 +1,72 @@
+"""What `python -m latency` prints."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from latency.profile import Profile
+from latency.table import LatencyTable
+from latency.timer import Measurement
+from slm.architecture import Architecture
+
+# CPUs busy with other work that are worth a remark.
+BUSY_REMARK = 0.1
+
+
+def profile_table(measured: Profile) -> Table:
+    """The figures of a whole model, with their intervals."""
+    device, workload = measured.device, measured.workload
+    table = Table(
+        title=f"{workload} on {device.model}, {device.limit}, {measured.compile_unit}, "
+        f"{measured.method}",
+        caption="intervals: 95 % of the median" + _remarks(measured),
+    )
+    for column in ("", "median", "95 % interval", "n"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, times in (
+        ("request, ms", measured.request_ms),
+        ("time to first token, ms", measured.ttft_ms),
+        ("time per output token, ms", measured.tpot_ms),
+        ("reference request, ms", measured.reference_ms),
+    ):
+        table.add_row(name, f"{times.median_ms:.3f}", _interval(times), str(times.n))
+    median, low, high = measured.tokens_per_s
+    table.add_row("tokens per second", f"{median:.1f}", f"{low:.1f} – {high:.1f}", "")
+    table.add_row("drift of the reference, %", f"{measured.drift_percent:+.1f}", "", "")
+    table.add_row("parameters", f"{measured.parameters:,}", "", "")
+    table.add_row("state, bytes", f"{measured.state_bytes:,}", "", "")
+    if measured.peak_memory_bytes is not None:
+        table.add_row("peak memory, bytes", f"{measured.peak_memory_bytes:,}", "", "")
+    return table
+
+
+def breakdown_table(latency_table: LatencyTable, architecture: Architecture) -> Table:
+    """What each part of a model costs in a request, and what they add up to."""
+    predicted = latency_table.predict(architecture)
+    table = Table(title="from the latency table")
+    for column in ("", "count", "each, ms", "95 % interval", "together, ms", "share"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, count, row in latency_table.terms(architecture):
+        together = count * row.median_ms
+        share = f"{together / predicted.request_ms:.0%}"
+        each = f"{row.median_ms:.3f}"
+        table.add_row(name, str(count), each, _interval(row), f"{together:.3f}", share)
+    interval = f"{predicted.low_ms:.3f} – {predicted.high_ms:.3f}"
+    table.add_row("sum", "", "", interval, f"{predicted.request_ms:.3f}", "")
+    return table
+
+
+def _interval(times: Measurement) -> str:
+    return f"{times.low_ms:.3f} – {times.high_ms:.3f}"
+
+
+def _remarks(measured: Profile) -> str:
+    """What a reader must know before believing the figures."""
+    remarks = ""
+    if not measured.request_ms.converged:
+        remarks += f"; wider than ±{measured.protocol.max_interval_percent:g} % when time was up"
+    if not measured.request_ms.quiet:
+        remarks += "; other work took the CPU meanwhile: too high"
+    elif measured.other_cpus_busy > BUSY_REMARK:
+        remarks += f"; {measured.other_cpus_busy:.1f} CPUs were busy with other work"
+    return remarks

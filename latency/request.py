@@ -1,0 +1,125 @@
+"""One request of a workload, as the Decoder runs it, whole or taken apart into phases."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from latency.device import Device
+from latency.timer import time_call
+from latency.workload import Workload
+from slm.architecture import Architecture
+from slm.generation import Decoder
+from slm.model import LanguageModel
+
+# Steps that the estimate of a request's time rests on.
+ESTIMATE_STEPS = 3
+# Steps timed together: as in a whole request, all but the first find the caches as a step left
+# them, not as what ran interleaved did.
+BURST_STEPS = 16
+
+# What runs beside every measurement, the same everywhere: how fast the machine is at the moment.
+REFERENCE = Architecture.parse("width=64 vocab_size=256 | attention(head_dim=32) ffn")
+REFERENCE_WORKLOAD = Workload(prompt_tokens=16, new_tokens=32)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a request: it takes `weight` times what `run` takes.
+
+    prepare: what has to have run, untimed, before each `run`.
+    """
+
+    weight: float
+    run: Callable[[], object]
+    prepare: Callable[[], object]
+
+
+class Request:
+    """A model with random weights, a prompt of random tokens, and the Decoder between them.
+
+    What the weights are does not change what is computed; they and the prompt follow from `seed`.
+    """
+
+    def __init__(
+        self, architecture: Architecture, workload: Workload, device: Device, seed: int = 0
+    ) -> None:
+        self.workload, self.device = workload, device
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's generator only: a caller's CUDA generators stay as they are.
+            torch.default_generator.manual_seed(seed)
+            model = LanguageModel(architecture)
+            rows = (workload.batch_size, workload.max_tokens)
+            tokens = torch.randint(architecture.vocab_size, rows)
+        self.tokens = tokens.to(device.torch_device)  # [B, prompt + new]
+        self.prompt = self.tokens[:, : workload.prompt_tokens]
+        model = model.to(device.torch_device, workload.torch_dtype)
+        self.decoder = Decoder(model, workload.max_tokens, workload.batch_size)
+
+    def run(self) -> None:
+        """The whole request: prefill, then new_tokens − 1 steps, greedily."""
+        for _ in self.decoder.generate(self.prompt, self.workload.new_tokens):
+            pass
+
+    def first_token(self) -> None:
+        """The request up to its first token."""
+        for _ in self.decoder.generate(self.prompt, 1):
+            pass
+
+    def steps(self, count: int) -> None:
+        """Decoding steps, the choice of each next token included."""
+        for _ in range(count):
+            self.decoder.step(self.tokens[:, 0]).argmax(dim=-1)
+
+    def estimate_ms(self) -> float:
+        """Roughly what `run` takes, without running it."""
+        self.first_token()
+        first_token_ms = time_call(self.first_token, self.device).ms
+        steps = self.workload.new_tokens - 1
+        times = [
+            time_call(partial(self.steps, 1), self.device).ms
+            for _ in range(min(ESTIMATE_STEPS, steps))
+        ]
+        return first_token_ms + steps * statistics.median(times)
+
+    def whole(self) -> list[Phase]:
+        """The request in one phase."""
+        return [Phase(1.0, self.run, _nothing)]
+
+    def sampled(self, num_contexts: int) -> list[Phase]:
+        """The request as its first token and one phase for each of the contexts.
+
+        The steps are cut into `num_contexts` stretches of equal length; a stretch takes the time
+        of a burst of steps around its middle, times the bursts that it is long.
+        """
+        steps = self.workload.new_tokens - 1
+        bounds = [steps * place // num_contexts for place in range(num_contexts + 1)]
+        phases = [Phase(1.0, self.first_token, _nothing)]
+        for begin, end in itertools.pairwise(bounds):
+            if begin < end:
+                burst = min(BURST_STEPS, end - begin)
+                first = self.workload.prompt_tokens + (begin + end - burst) // 2
+                last = self.workload.prompt_tokens + end
+                run = partial(self.steps, burst)
+                hold = partial(self._hold, first, last - burst)
+                phases.append(Phase((end - begin) / burst, run, hold))
+        return phases
+
+    def _hold(self, first: int, last: int) -> None:
+        """See to it that between `first` and `last` tokens have been read."""
+        if not first <= self.decoder.num_tokens <= last:
+            self.decoder.prefill(self.tokens[:, :first])
+
+
+def reference_request(device: Device) -> Request:
+    """The request that runs interleaved with whatever is measured on a device."""
+    return Request(REFERENCE, REFERENCE_WORKLOAD, device)
+
+
+def _nothing() -> None:
+    """What is prepared when nothing is to be."""

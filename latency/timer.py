@@ -1,0 +1,318 @@
+"""The measuring protocol: how a time becomes a number that can be trusted.
+
+- Everything is run before it is timed (warm-up), and stays hot: weights that fit a cache are in it.
+- What is compared runs interleaved (A B, B A, A B, …), so that a machine that gets slower or
+  faster does so for all alike; paired differences cancel the drift.
+- Rounds go on until the 95 % interval of the median is narrow enough, or time is up; the result
+  says which. The interval comes from order statistics and assumes nothing about the noise but
+  that rounds are independent; stopping as soon as it is narrow makes it slightly optimistic.
+- A round in which something else took the CPU from us is left out, as long as enough others are
+  left; a measurement that had to make do with such rounds says so.
+- While timing, the device lock is held exclusively, the CPU's thread count is pinned and Python's
+  garbage collection is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from latency.device import Device
+from latency.lock import device_lock
+from slm.config import ConfigError, schema
+
+# Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ < 0.05 < 2 · 0.5⁵.
+MIN_ROUNDS = 6
+# Share of the time that our thread must have run for a round to count as undisturbed.
+QUIET_SHARE = 0.95
+
+Samples = Mapping[str, np.ndarray]
+
+
+@schema
+class Protocol:
+    """How long and how carefully to measure.
+
+    max_interval_percent: half width of the median's 95 % interval at which a measurement is done.
+    max_seconds: time for a measurement; after it, the record says that it did not converge.
+    max_rounds: most samples of a measurement.
+    warmup_rounds: untimed rounds before the first sample.
+    max_request_seconds: a request that takes longer is not run whole: decoding steps are timed at
+        `num_contexts` evenly spaced contexts and integrated.
+    """
+
+    max_interval_percent: float = 2.0
+    max_seconds: float = 2.0
+    max_rounds: int = 2000
+    warmup_rounds: int = 2
+    max_request_seconds: float = 1.0
+    num_contexts: int = 8
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{field}: must be > 0, got {getattr(self, field)}"
+            for field in ("max_interval_percent", "max_seconds", "max_request_seconds")
+            if getattr(self, field) <= 0
+        ]
+        problems += [
+            f"{field}: must be >= {least}, got {getattr(self, field)}"
+            for field, least in (("max_rounds", MIN_ROUNDS), ("warmup_rounds", 1))
+            if getattr(self, field) < least
+        ]
+        if self.num_contexts < 1:
+            problems.append(f"num_contexts: must be >= 1, got {self.num_contexts}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A median in milliseconds with its 95 % interval.
+
+    iqr_ms: distance between the quartiles of the samples; n: number of samples.
+    converged: whether the interval became as narrow as asked.
+    quiet: whether nothing else took the CPU meanwhile; if not, the figures are too high.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    iqr_ms: float
+    n: int
+    converged: bool
+    quiet: bool
+
+    @classmethod
+    def from_samples(
+        cls, samples: np.ndarray, max_interval_percent: float, quiet: bool = True
+    ) -> Measurement:
+        """The median of samples in ms; fewer than MIN_ROUNDS give their range, not converged."""
+        low, high = median_interval(samples)
+        lower_quartile, median, upper_quartile = np.quantile(samples, [0.25, 0.5, 0.75])
+        half_width = (high - low) / 2
+        is_narrow = half_width <= max_interval_percent / 100 * median
+        return cls(
+            median_ms=float(median),
+            low_ms=low,
+            high_ms=high,
+            iqr_ms=float(upper_quartile - lower_quartile),
+            n=len(samples),
+            converged=bool(len(samples) >= MIN_ROUNDS and is_narrow),
+            quiet=quiet,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Measurement:
+        """What `to_dict` gave. Raises ValueError if it is not that."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError(f"measurement: expected {sorted(names)}, got {values!r}")
+        times = [values[name] for name in ("low_ms", "median_ms", "high_ms", "iqr_ms")]
+        if not all(isinstance(time, int | float) and math.isfinite(time) for time in times):
+            raise ValueError(f"measurement: not finite: {values!r}")
+        if not values["low_ms"] <= values["median_ms"] <= values["high_ms"]:
+            raise ValueError(f"measurement: median outside of its interval: {values!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def weighted_sum(terms: Iterable[tuple[float, Measurement]]) -> Measurement:
+    """Σ weight · measurement; errors of different terms are taken as independent."""
+    weights, parts = zip(*terms, strict=True)
+    median = math.fsum(w * part.median_ms for w, part in zip(weights, parts, strict=True))
+
+    def spread(distances: Iterable[float]) -> float:
+        return math.hypot(*(w * d for w, d in zip(weights, distances, strict=True)))
+
+    return Measurement(
+        median_ms=median,
+        low_ms=median - spread(part.median_ms - part.low_ms for part in parts),
+        high_ms=median + spread(part.high_ms - part.median_ms for part in parts),
+        iqr_ms=spread(part.iqr_ms for part in parts),
+        n=min(part.n for part in parts),
+        converged=all(part.converged for part in parts),
+        quiet=all(part.quiet for part in parts),
+    )
+
+
+@functools.cache
+def median_interval_rank(n: int) -> int | None:
+    """Rank k, from 1, so that the k-th smallest and the k-th largest of n samples hold the median.
+
+    The largest k with P(Binomial(n, ½) < k) <= 2.5 %, whatever the distribution of the samples;
+    None if there is none.
+    """
+    rank, ways, total = 0, 1, 1
+    # In integers, 2.5 % being 1 / 40: 2^n is beyond floats for large n.
+    while 40 * total <= 2**n:
+        rank += 1
+        ways = ways * (n - rank + 1) // rank
+        total += ways
+    return rank or None
+
+
+def median_interval(samples: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the median of independent samples; their range if they are too few."""
+    ordered = np.sort(samples)
+    rank = median_interval_rank(len(ordered)) or 1
+    return float(ordered[rank - 1]), float(ordered[-rank])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What `measure_interleaved` found.
+
+    samples: ms by function, one per round that counts; measurements: by quantity.
+    quiet: whether the rounds that count were undisturbed.
+    """
+
+    samples: Samples
+    measurements: dict[str, Measurement]
+    quiet: bool
+
+
+def measure_interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    device: Device,
+    protocol: Protocol,
+    *,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+    derive: Callable[[Samples], Samples] | None = None,
+) -> Timing:
+    """Time functions in turn, round by round, until every quantity is known well enough.
+
+    prepare: by function, what runs, untimed, before each of its calls.
+    derive: from samples by function to samples by quantity (a difference, say), whose medians are
+        wanted; None: the functions' own times.
+    """
+    prepare = prepare or {}
+    with quiet(device):
+        for number in range(protocol.warmup_rounds):
+            _round(functions, prepare, device, is_forward=number % 2 == 0)
+        deadline = time.monotonic() + protocol.max_seconds
+        rounds: list[dict[str, Sample]] = []
+        while True:
+            rounds.append(_round(functions, prepare, device, is_forward=len(rounds) % 2 == 0))
+            count = len(rounds)
+            is_over = count >= protocol.max_rounds or time.monotonic() > deadline
+            # Every round while they are few, then at every tenth more: looking costs time too.
+            is_time_to_look = is_over or count % (1 + count // 10) == 0
+            if count < MIN_ROUNDS or not is_time_to_look:
+                continue
+            timing = _evaluate(rounds, protocol, derive)
+            is_done = timing.quiet and all(m.converged for m in timing.measurements.values())
+            if is_done or is_over:
+                return timing
+
+
+def _round(
+    functions: Mapping[str, Callable[[], object]],
+    prepare: Mapping[str, Callable[[], object]],
+    device: Device,
+    is_forward: bool,
+) -> dict[str, Sample]:
+    """Every function once: A B or, backward, B A, so that none always runs in another's wake."""
+    samples = {}
+    for name in functions if is_forward else reversed(list(functions)):
+        if name in prepare:
+            prepare[name]()
+        samples[name] = time_call(functions[name], device)
+    return samples
+
+
+def _evaluate(
+    rounds: list[dict[str, Sample]],
+    protocol: Protocol,
+    derive: Callable[[Samples], Samples] | None,
+) -> Timing:
+    undisturbed = [each for each in rounds if all(s.is_quiet for s in each.values())]
+    is_quiet = len(undisturbed) >= MIN_ROUNDS
+    counted = undisturbed if is_quiet else rounds
+    samples = {name: np.array([each[name].ms for each in counted]) for name in rounds[0]}
+    quantities = derive(samples) if derive else samples
+    percent = protocol.max_interval_percent
+    measurements = {
+        name: Measurement.from_samples(x, percent, is_quiet) for name, x in quantities.items()
+    }
+    return Timing(samples, measurements, is_quiet)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: its time, and whether our thread ran all the while."""
+
+    ms: float
+    is_quiet: bool
+
+
+def time_call(function: Callable[[], object], device: Device) -> Sample:
+    """Time one call: by the wall clock, on CUDA between two events around it."""
+    if device.kind == "cuda":
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return Sample(float(start.elapsed_time(end)), is_quiet=True)
+    begin, begin_own = time.perf_counter_ns(), time.thread_time_ns()
+    function()
+    own, elapsed = time.thread_time_ns() - begin_own, time.perf_counter_ns() - begin
+    return Sample(elapsed / 1e6, is_quiet=own >= QUIET_SHARE * elapsed)
+
+
+@contextmanager
+def quiet(device: Device) -> Iterator[None]:
+    """The device for us alone: its lock, its thread count, no garbage collection."""
+    with ExitStack() as stack:
+        stack.enter_context(device_lock(name=device.lock_name))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(device.threads)
+        if gc.isenabled():
+            gc.collect()
+            gc.disable()
+            stack.callback(gc.enable)
+        yield
+
+
+class CpuMeter:
+    """How busy other processes keep the machine's CPUs from now on.
+
+    Beside a busy neighbour a CPU is slower even where nothing takes it from us.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def others_busy(self) -> float:
+        """CPUs busy with other processes, on average since the start."""
+        elapsed, busy, own = (
+            now - then for now, then in zip(self._read(), self._begin, strict=True)
+        )
+        return max(0.0, (busy - own) / elapsed)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: of the wall clock, of all CPUs' work, of this process's."""
+        import psutil
+
+        times = psutil.cpu_times()
+        return time.monotonic(), times.user + times.system, time.process_time()
+
+
+def drift_percent(samples: np.ndarray) -> float:
+    """By how much the median of the second half of the samples is above that of the first."""
+    first, second = np.array_split(samples, 2)
+    return float((np.median(second) / np.median(first) - 1) * 100)

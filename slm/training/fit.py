@@ -1,0 +1,299 @@
+"""One training run, from its config to `result.json`; stopped, it goes on where it was.
+
+runs/<name>/
+    checkpoints/last.ckpt   weights, optimizer, data position, metrics so far
+    metrics.csv             one row per log step and per validation
+    result.json             written last: a run that has it is finished
+    tokenizer.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import Logger
+
+from slm.config import ConfigError
+from slm.data import PackedCorpus, prepare
+from slm.data.datamodule import PackedDataModule
+from slm.model import LanguageModel
+from slm.training.callbacks import Checkpoints, Validation
+from slm.training.checkpoint import (
+    LAST_CHECKPOINT,
+    TOKENIZER_FILE,
+    load_checkpoint,
+    read_checkpoint,
+)
+from slm.training.config import TrainConfig, TrainerConfig
+from slm.training.files import write_atomically
+from slm.training.metrics import Metrics, MetricsFile
+from slm.training.module import TrainingModule
+
+RESULT_FILE = "result.json"
+METRICS_FILE = "metrics.csv"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run gave.
+
+    architecture, digest: canonical text, and its digest. seconds: of training and validation.
+    validation_loss: nats per token. config: what decides the weights (`TrainConfig.identity`).
+    """
+
+    architecture: str
+    digest: str
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    validation_loss: float
+    bits_per_byte: float
+    config: dict[str, Any]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers alone."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
+    """Train, or go on training, in `run_dir`; a finished run is not trained again.
+
+    Raises ConfigError if `run_dir` holds another run, or a checkpoint cannot be read.
+    """
+    checkpoint = run_dir / LAST_CHECKPOINT
+    if config.resume == "never":
+        _forget(run_dir)
+    finished = _finished(config, run_dir / RESULT_FILE)
+    if finished is not None:
+        print(f"{run_dir} is finished; resume=never trains it again")
+        return finished
+    resumed_step = _resumable_step(config, checkpoint)
+
+    corpus = prepare(config.data, config.tokenizer, progress=print)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(corpus.tokenizer_path, run_dir / TOKENIZER_FILE)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    model = _build_model(config, corpus)
+    # From step 0 the file is begun anew: rows of a run that never saved are not this run's.
+    MetricsFile(run_dir / METRICS_FILE).rewind(resumed_step)
+    return _train(config, run_dir, corpus, model, checkpoint if resumed_step else None)
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: Path,
+    corpus: PackedCorpus,
+    model: LanguageModel,
+    checkpoint: Path | None,
+) -> TrainResult:
+    """Train `model`, from `checkpoint` on if there is one, and write the result."""
+    settings = config.trainer
+    budget = None if settings.max_seconds is None else timedelta(seconds=settings.max_seconds)
+    timer = Timer(duration=budget, verbose=False)
+    metrics = Metrics(settings.log_every_steps, settings.tokens_per_step, timer)
+    validation = Validation(
+        corpus.validation,
+        settings.sequence_tokens,
+        settings.batch_size,
+        settings.validation_tokens,
+        settings.validate_every_steps,
+        metrics,
+    )
+    checkpoints = Checkpoints(run_dir / LAST_CHECKPOINT, settings.checkpoint_every_steps, metrics)
+
+    def time_used() -> float:
+        return 0.0 if budget is None else timer.time_elapsed("train") / budget.total_seconds()
+
+    module = TrainingModule(
+        model,
+        config.optimizer,
+        settings.max_steps,
+        settings.precision,
+        time_used,
+        config.identity(),
+    )
+    data = PackedDataModule(
+        corpus,
+        sequence_tokens=settings.sequence_tokens,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+    )
+    with _quiet(), _loggers(config, run_dir) as loggers:
+        trainer = _trainer(settings, [timer, metrics, validation, checkpoints], loggers)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as error:
+            # Lightning turns Ctrl-C into an exit of its own.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+    result = TrainResult(
+        architecture=str(model.architecture),
+        digest=model.architecture.digest,
+        parameters=model.architecture.parameters(),
+        steps=trainer.global_step,
+        tokens=trainer.global_step * settings.tokens_per_step,
+        seconds=round(timer.time_elapsed("train"), 3),
+        validation_loss=validation.loss,
+        bits_per_byte=validation.bits_per_byte,
+        config=config.identity(),
+    )
+    if trainer.is_global_zero:
+        _write(result, run_dir)
+    return result
+
+
+def _write(result: TrainResult, run_dir: Path) -> None:
+    text = json.dumps(dataclasses.asdict(result), indent=2)
+    write_atomically(run_dir / RESULT_FILE, text + "\n")
+    print(
+        f"validation loss {result.validation_loss:.4f}, {result.bits_per_byte:.4f} bits per "
+        f"byte after {result.tokens:,} tokens in {result.seconds:.0f} s"
+    )
+
+
+def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
+    """The model with its first weights: drawn from the seed, or those of `init_from`."""
+    architecture = config.model.architecture(corpus.vocab_size)
+    if config.init_from is None:
+        torch.manual_seed(config.seed)
+        return LanguageModel(architecture)
+    model, tokenizer_file = load_checkpoint(config.init_from)
+    if model.architecture != architecture:
+        raise ConfigError(
+            [f"init_from: '{config.init_from}' holds '{model.architecture}', not '{architecture}'"]
+        )
+    if tokenizer_file.is_file() and (
+        tokenizer_file.read_bytes() != corpus.tokenizer_path.read_bytes()
+    ):
+        raise ConfigError([f"init_from: '{config.init_from}' was trained with another tokenizer"])
+    return model.train()
+
+
+def _trainer(settings: TrainerConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
+    accelerator = settings.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda":
+        # TF32 for what is left in float32.
+        torch.set_float32_matmul_precision("high")
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=settings.devices,
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.gradient_clip,
+        callbacks=callbacks,
+        logger=loggers,
+        # `Validation` and `Checkpoints` do these between two steps, `Metrics` shows the progress.
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextmanager
+def _loggers(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
+    """The loggers, closed at the end: the next job of a sweep opens its own."""
+    file = MetricsFile(run_dir / METRICS_FILE)
+    if config.logger.name == "csv":
+        yield [file]
+        return
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    tracker = WandbLogger(
+        name=config.name,
+        save_dir=run_dir,
+        project=config.logger.project,
+        entity=config.logger.entity,
+        offline=config.logger.offline,
+        config=config.identity(),
+    )
+    try:
+        yield [file, tracker]
+    finally:
+        wandb.finish()
+
+
+def _finished(config: TrainConfig, result_file: Path) -> TrainResult | None:
+    """The result of a run that is finished."""
+    if not result_file.exists():
+        return None
+    try:
+        result = TrainResult(**json.loads(result_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ConfigError([f"'{result_file}': is damaged; resume=never starts afresh"]) from None
+    _refuse_other_run(config, result.config, result_file.parent)
+    return result
+
+
+def _resumable_step(config: TrainConfig, checkpoint: Path) -> int:
+    """The step that `checkpoint` was saved at; 0 if there is none."""
+    if not checkpoint.exists():
+        return 0
+    content = read_checkpoint(checkpoint)
+    identity = content.get("hyper_parameters", {}).get("identity", {})
+    _refuse_other_run(config, identity, checkpoint.parent.parent)
+    return content["global_step"]
+
+
+def _refuse_other_run(config: TrainConfig, there: dict[str, Any], run_dir: Path) -> None:
+    """Raise ConfigError if a run's folder was begun under another config."""
+    # As JSON has it: lists for tuples.
+    here = json.loads(json.dumps(config.identity()))
+    there = json.loads(json.dumps(there))
+    problems = [
+        f"{key}: '{run_dir}' was begun with {there.get(key)!r}, not {here.get(key)!r}; "
+        "give the run another name=, or resume=never"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _forget(run_dir: Path) -> None:
+    """Remove what a run has written; its result first, so that no half of it looks finished."""
+    for name in (RESULT_FILE, LAST_CHECKPOINT, METRICS_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's banners, and warnings that call for nothing to be done."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                # Rows of a memory map need no workers; validation is a callback's.
+                ".*does not have many workers.*",
+                ".*have no `validation_step`.*",
+                # Of Lightning and torchdata about themselves.
+                ".*treespec, LeafSpec.*",
+                ".*'set_vital' is deprecated.*",
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        logger.setLevel(level)

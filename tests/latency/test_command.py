@@ -1,0 +1,38 @@
+import json
+import os
+import subprocess
+import sys
+
+TINY = ["model.width=32", "vocab_size=64", "workload.prompt_tokens=4", "workload.new_tokens=4"]
+QUICK = ["protocol.max_seconds=0.001", "protocol.warmup_rounds=1", "protocol.max_rounds=6"]
+
+
+def run(folder, *overrides):
+    # A lock of its own: the command does not wait for what else runs on this machine.
+    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "latency", "device=cpu", *TINY, *QUICK, *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_it_prints_and_writes_what_it_measured(tmp_path):
+    done = run(tmp_path, "breakdown=true", "name=tried")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs/tried/latency.json").read_text())
+    assert record["architecture"].startswith("width=32 vocab_size=64 ")
+    assert record["workload"]["new_tokens"] == 4
+    request, predicted = record["request_ms"], record["predicted"]
+    assert request["low_ms"] <= request["median_ms"] <= request["high_ms"]
+    parts = sum(part["count"] * part["median_ms"] for part in record["breakdown"])
+    assert abs(parts - predicted["request_ms"]) < 1e-9
+    assert f"{request['median_ms']:.3f}" in done.stdout
+    assert "time per output token" in done.stdout
+    assert list((tmp_path / "cache/latency").rglob("*.json"))
+
+
+def test_all_mistakes_are_named_and_nothing_is_written(tmp_path):
+    done = run(tmp_path, "workload.batch_size=0", "model.width=33", "protocol.num_contexts=0")
+    assert done.returncode == 2
+    assert "error: workload.batch_size: must be >= 1, got 0" in done.stderr
+    assert "error: protocol.num_contexts: must be >= 1, got 0" in done.stderr
+    assert "head_dim: must divide the width 33" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latency import device as device_module
+from latency.device import Device, kernel_hash
+
+
+def test_key_changes_with_the_thread_count():
+    one, two = (Device.current(threads=n, kind="cpu") for n in (1, 2))
+    assert one.key != two.key
+    assert one.key == Device.current(threads=1, kind="cpu").key
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model", "limit", "driver", "torch_version", "triton_version", "fla_version", "kernel_hash"],
+)
+def test_key_changes_with_each_part_of_the_identity(device, field):
+    assert replace(device, **{field: "other"}).key != device.key
+
+
+@pytest.mark.parametrize("field", ["uuid", "date", "commit"])
+def test_key_does_not_depend_on_what_is_only_recorded(device, field):
+    assert replace(device, **{field: "other"}).key == device.key
+
+
+def test_key_is_safe_in_file_names(device):
+    assert set(device.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_description_is_json_and_complete(device):
+    described = json.loads(json.dumps(device.describe()))
+    assert described["key"] == device.key
+    assert described["torch_version"] == torch.__version__
+    assert described["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["model.py", "generation.py", "kernels/ssd.py", "operators/ffn.py"]
+)
+def test_kernel_hash_follows_every_source_that_decoding_runs(tmp_path, monkeypatch, name):
+    copy = tmp_path / "slm"
+    shutil.copytree(device_module.SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = kernel_hash()
+    monkeypatch.setattr(device_module, "SOURCES", copy)
+    assert kernel_hash() == before
+    (copy / name).write_text((copy / name).read_text() + "\n")
+    assert kernel_hash() != before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="'cuda' is asked for"):
+        Device.current(kind="cuda")
+
+
+def test_thread_count_below_one_is_refused():
+    with pytest.raises(ValueError, match="threads: must be >= 1, got 0"):
+        Device.current(threads=0)

@@ -1,0 +1,177 @@
+import json
+import logging
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from latency.table import ANCHOR, BASE, LatencyTable
+from latency.table_error import spearman, table_error
+from latency.timer import Measurement
+from slm.architecture import Architecture
+from slm.operators import parse_operator
+
+ATTENTION = parse_operator("attention(head_dim=8)")
+FFN = parse_operator("ffn")
+
+
+def row(median: float, error: float = 0.0) -> Measurement:
+    return Measurement(
+        median_ms=median,
+        low_ms=median - error,
+        high_ms=median + error,
+        iqr_ms=0.0,
+        n=9,
+        converged=True,
+        quiet=True,
+    )
+
+
+@pytest.fixture
+def table(device, workload) -> LatencyTable:
+    rows = {BASE: row(1.0, 0.6), str(ATTENTION): row(0.5, 0.8), str(FFN): row(0.25, 0.0)}
+    return LatencyTable(workload, device, vocab_size=32, rows={16: rows}, reference_ms=10.0)
+
+
+@pytest.fixture
+def build(device, workload, protocol, tmp_path):
+    def load_or_build(*operators, **changes) -> LatencyTable:
+        arguments = {"cache_dir": tmp_path / "cache", "protocol": protocol} | changes
+        return LatencyTable.load_or_build(operators, 32, workload, device, **arguments)
+
+    return load_or_build
+
+
+def test_prediction_is_base_plus_rows(table):
+    architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn ffn ffn")
+    prediction = table.predict(architecture)
+    assert prediction.request_ms == pytest.approx(1.0 + 0.5 + 3 * 0.25)
+    # Errors add as squares: 0.6² + 0.8² = 1.
+    assert prediction.low_ms == pytest.approx(prediction.request_ms - 1.0)
+    assert prediction.high_ms == pytest.approx(prediction.request_ms + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("width=16 vocab_size=32 | mamba2(head_dim=8) ffn", r"no row .* width 16 for mamba2"),
+        ("width=32 vocab_size=32 | ffn", r"no row .* width 32 for base, ffn"),
+        ("width=16 vocab_size=33 | ffn", "vocab_size: the latency table holds for 32, got 33"),
+        ("width=16 vocab_size=32 meta_tokens=4 | ffn", "meta_tokens: .* holds for 0, got 4"),
+    ],
+)
+def test_a_model_that_the_table_does_not_know_is_refused(table, text, message):
+    with pytest.raises(ValueError, match=message):
+        table.predict(Architecture.parse(text))
+
+
+def test_a_measured_table_adds_up_and_is_read_back(build):
+    built = build((ATTENTION, 16), (FFN, 16))
+    assert set(built.rows[16]) == {BASE, str(ANCHOR), str(ATTENTION), str(FFN)}
+    architecture = Architecture.parse("width=16 vocab_size=32 | ffn attention(head_dim=8) ffn")
+    expected = sum(
+        count * built.rows[16][name].median_ms
+        for name, count in Counter([BASE, str(FFN), str(ATTENTION), str(FFN)]).items()
+    )
+    assert built.predict(architecture).request_ms == pytest.approx(expected)
+    assert build((ATTENTION, 16), (FFN, 16)).rows == built.rows
+
+
+def test_new_rows_are_added_without_measuring_old_ones_again(build):
+    announced: list[str] = []
+    first = build((FFN, 16), progress=announced.append)
+    second = build((FFN, 16), (ATTENTION, 16), (FFN, 32), progress=announced.append)
+    for name, measured in first.rows[16].items():
+        assert second.rows[16][name] == measured
+    # The rows hold for one machine speed, whenever they were measured.
+    assert second.reference_ms == first.reference_ms > 0
+    assert set(second.rows[16]) - set(first.rows[16]) == {str(ATTENTION)}
+    assert set(second.rows[32]) == {BASE, str(ANCHOR), str(FFN)}
+    assert announced == [f"latency of 1 operators at width {width}" for width in (16, 16, 32)]
+    # Nothing is missing: nothing is measured, so nothing is said.
+    assert build((FFN, 32), progress=announced.append).rows == second.rows
+    assert len(announced) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "no base", "no reference", "not a number", "empty"]
+)
+def test_a_bad_file_is_kept_aside_and_the_last_good_one_is_used(build, tmp_path, caplog, damage):
+    first = build((FFN, 16))
+    build((FFN, 16), (ATTENTION, 16))
+    path = first.path(tmp_path / "cache")
+    content = json.loads(path.read_text())
+    if damage == "foreign":
+        content["workload"] = "b9-p9-n9-float32"
+    elif damage == "no base":
+        del content["rows"]["16"][BASE]
+    elif damage == "no reference":
+        content["reference_ms"] = None
+    elif damage == "not a number":
+        content["rows"]["16"][BASE]["median_ms"] = float("nan")
+    text = json.dumps(content)
+    damaged = {"truncated": text[: len(text) // 2], "empty": ""}.get(damage, text)
+    path.write_text(damaged)
+    with caplog.at_level(logging.WARNING):
+        again = build((FFN, 16))
+    assert again.rows == first.rows
+    assert str(path) in caplog.text
+    assert path.with_name(path.name + ".bad").read_text() == damaged
+
+
+def test_two_bad_files_are_both_kept_and_the_table_is_measured_anew(build, tmp_path):
+    path = build((FFN, 16)).path(tmp_path / "cache")
+    for content in ("{", "[1]"):
+        path.write_text(content)
+        path.with_name(path.name + ".previous").unlink(missing_ok=True)
+        assert str(FFN) in build((FFN, 16)).rows[16]
+    kept = [path.with_name(path.name + suffix).read_text() for suffix in (".bad", ".bad1")]
+    assert kept == ["{", "[1]"]
+
+
+def test_tables_of_different_devices_and_models_do_not_mix(table, tmp_path, device):
+    others = [
+        replace(table, device=replace(device, limit="9 threads")),
+        replace(table, vocab_size=33),
+        replace(table, meta_tokens=1),
+        replace(table, normalize_logits=True),
+        replace(table, workload=replace(table.workload, new_tokens=9)),
+    ]
+    assert len({each.path(tmp_path) for each in [table, *others]}) == 6
+
+
+def test_long_requests_are_sampled(build, protocol):
+    sampled = replace(protocol, max_request_seconds=1e-9, num_contexts=2)
+    assert str(FFN) in build((FFN, 16), protocol=sampled).rows[16]
+
+
+def test_an_operator_that_cannot_be_built_is_named(build):
+    with pytest.raises(ValueError, match=r"attention\.head_dim: must divide the width 20"):
+        build((ATTENTION, 20))
+
+
+def test_validation_compares_with_whole_models(table, protocol):
+    texts = ["width=16 vocab_size=32 | ffn", "width=16 vocab_size=32 | ffn attention(head_dim=8)"]
+    error = table.validate(map(Architecture.parse, texts), protocol)
+    assert error.architectures == texts
+    assert error.predicted_ms == pytest.approx([1.25, 1.75])
+    signed = [(p / m - 1) * 100 for p, m in zip(error.predicted_ms, error.measured_ms, strict=True)]
+    assert error.errors_percent == pytest.approx(signed)
+
+
+def test_errors_of_known_figures():
+    error = table_error(["a", "b", "c"], [11.0, 18.0, 30.0], [10.0, 20.0, 30.0], [1.0, 2.0, 3.0])
+    assert error.errors_percent == pytest.approx([10.0, -10.0, 0.0])
+    assert error.mape_percent == pytest.approx(20 / 3)
+    assert error.max_error_percent == pytest.approx(10.0)
+    assert error.spearman == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="must not be empty"):
+        table_error([], [], [], [])
+
+
+def test_spearman_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    np = pytest.importorskip("numpy")
+    x, y = np.array([3.0, 1, 4, 1, 5, 9, 2, 6]), np.array([2.0, 7, 1, 8, 2, 8, 1, 8])
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert spearman(x, np.ones(8)) is None
