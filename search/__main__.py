@@ -1,0 +1,30 @@
+"""`python -m search`: search for the best architecture within a latency target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """Run the search of the command line; see `configs/search.yaml`."""
+    from search.config import read_config
+    from slm.config import entry_point
+
+    def search(config: DictConfig) -> None:
+        from pathlib import Path
+
+        from hydra.core.hydra_config import HydraConfig
+
+        from search.run import Search
+
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        Search(read_config(config), folder).run()
+
+    entry_point("search", check=read_config)(search)()
+
+
+if __name__ == "__main__":
+    main()

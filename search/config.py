@@ -1,0 +1,91 @@
+"""What `python -m search` is configured by: `configs/search.yaml`, typed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from omegaconf import DictConfig
+from pydantic import Field
+
+from latency.timer import Protocol
+from latency.workload import Workload
+from search.evolution import EvolutionConfig
+from search.proxy import ProxyConfig
+from search.space import SpaceConfig
+from search.study import StorageConfig
+from slm.config import ConfigError, read, schema
+from slm.data.config import DataConfig, TokenizerConfig
+from slm.training.config import LoggerConfig
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@schema
+class SearchConfig:
+    """One search.
+
+    name: names the study and the run's folder.
+    target_ms: latency of one request of the workload; None: that of the space's reference.
+    num_candidates: how many are trained, seeds included; may be raised to go on with a search.
+    max_infeasible: the search gives up after so many proposals in a row that miss the target.
+    cloze_items: questions put to each candidate of the frontier.
+    latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
+        choice.
+    """
+
+    space: SpaceConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    workload: Workload
+    protocol: Protocol
+    evolution: EvolutionConfig
+    proxy: ProxyConfig
+    storage: StorageConfig
+    logger: LoggerConfig
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    target_ms: Annotated[float, Field(gt=0)] | None
+    num_candidates: Positive
+    max_infeasible: Positive
+    cloze_items: Annotated[int, Field(ge=0)]
+    latency_threads: Positive | None
+    training_threads: Positive | None
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < len(self.space.seeds):
+            raise ConfigError(
+                [
+                    f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
+                    f"got {self.num_candidates}"
+                ]
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for the scores of a search to be comparable."""
+        decisive = ("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy")
+        values = plain(self)
+        identity = {
+            key: values[key] for key in (*decisive, "seed", "target_ms", "training_threads")
+        }
+        # Where prepared data lies, and when a candidate is given up, decide no score.
+        del identity["data"]["cache_dir"], identity["proxy"]["time_limit_s"]
+        return identity
+
+
+def read_config(config: DictConfig) -> SearchConfig:
+    """Build and check a composed config; raises ConfigError with every problem."""
+    return read(SearchConfig, config)
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON has it: dictionaries, lists, numbers and strings."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(item) for item in value]
+        return value if isinstance(value, bool | int | float | None) else str(value)
+
+    return convert(dataclasses.asdict(config))

@@ -1,0 +1,186 @@
+"""What a search has found, as plain values: candidates, frontier, model configs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.frontier import hypervolume_history, non_dominated
+from search.genotype import Genotype
+from search.space import SearchSpace
+from search.study import Record
+from slm.architecture import Architecture
+
+Row = dict[str, Any]
+# The hypervolume's worst point: the loss of a model that knows nothing, and this many targets.
+WORST_LATENCY_TARGETS = 1.1
+
+
+def candidate_rows(
+    records: Sequence[Record],
+    space: SearchSpace,
+    target_ms: float,
+    context_tokens: int,
+    accuracies: Mapping[str, Mapping[str, Any]],
+) -> list[Row]:
+    """One flat row per candidate, as `candidates.json` has it.
+
+    context_tokens: of the workload, meta tokens not counted; what FLOPs and state are given for.
+    accuracies: cloze results by digest.
+    """
+    rows = [_row(record, space, target_ms, context_tokens) for record in records]
+    scored = [row for row in rows if row["state"] == "scored"]
+    best = math.inf
+    on_frontier = non_dominated([(row["loss"], row["latency_ms"]) for row in scored])
+    for row, is_member in zip(scored, on_frontier, strict=True):
+        row["on_frontier"] = is_member
+        row["best_so_far"] = row["meets_target"] and row["loss"] < best
+        best = row["loss"] if row["best_so_far"] else best
+        if row["digest"] in accuracies:
+            row |= _accuracy_fields(accuracies[row["digest"]])
+    return rows
+
+
+def _accuracy_fields(result: Mapping[str, Any]) -> Row:
+    return {
+        "accuracy": result["accuracy"],
+        "accuracy_low": result["low"],
+        "accuracy_high": result["high"],
+        "accuracy_items": result["n"],
+    }
+
+
+def _row(record: Record, space: SearchSpace, target_ms: float, context_tokens: int) -> Row:
+    proposal, attributes = record.proposal, record.attributes
+    row: Row = {
+        "number": proposal.number,
+        "state": record.state,
+        "origin": proposal.origin,
+        "seed_name": proposal.seed_name,
+        "parent": proposal.parent,
+        "factor": proposal.factor,
+        "genotype": proposal.genotype.to_json(),
+        "operators": list(proposal.genotype.operators(space.ffn)),
+        "short": space.short_form(proposal.genotype),
+        **dict.fromkeys(("width", "architecture", "digest", "parameters", "flops_per_token")),
+        "depth": len(proposal.genotype.pattern),
+        **dict.fromkeys(("state_bytes", "predicted_ms", "latency_ms", "latency_low_ms")),
+        **dict.fromkeys(
+            ("latency_high_ms", "latency_is_quiet", "ttft_ms", "tpot_ms", "tokens_per_s")
+        ),
+        "meets_target": False,
+        "rung": record.rung,
+        **dict.fromkeys(("loss", "bits_per_byte", "train_loss", "tokens", "seconds")),
+        "tokens_per_second": None,
+        "on_frontier": False,
+        "best_so_far": False,
+        **dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "accuracy_items")),
+        "attempts": record.attempts,
+        "error": record.error,
+        "started_at": record.started_at,
+        "finished_at": record.finished_at,
+    }
+    if "architecture" in attributes:
+        row |= _architecture_fields(attributes["architecture"], context_tokens)
+    row |= attributes.get("measurement", {}) | attributes.get("training", {})
+    row["loss"] = record.loss
+    if row["latency_ms"] is not None:
+        row["meets_target"] = row["latency_ms"] <= target_ms
+    return row
+
+
+def _architecture_fields(text: str, context_tokens: int) -> Row:
+    architecture = Architecture.parse(text)
+    context = architecture.meta_tokens + context_tokens
+    return {
+        "width": architecture.width,
+        "architecture": text,
+        "digest": architecture.digest,
+        "parameters": architecture.parameters(),
+        "flops_per_token": architecture.flops_per_token(context),
+        "state_bytes": architecture.state_bytes(context),
+    }
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """The frontier's rows, fastest first."""
+    return sorted(
+        (row for row in rows if row["on_frontier"]),
+        key=lambda row: (row["latency_ms"], row["loss"], row["number"]),
+    )
+
+
+def chosen(rows: Sequence[Row]) -> Row | None:
+    """The lowest loss among what meets the target."""
+    fitting = [row for row in rows if row["state"] == "scored" and row["meets_target"]]
+    return min(fitting, key=lambda row: (row["loss"], row["latency_ms"]), default=None)
+
+
+def frontier_summary(rows: Sequence[Row], target_ms: float, vocab_size: int) -> Row:
+    """What `frontier.json` says of the search as a whole."""
+    scored = [row for row in rows if row["state"] == "scored"]
+    worst = (math.log(vocab_size), target_ms * WORST_LATENCY_TARGETS)
+    history = hypervolume_history([(row["loss"], row["latency_ms"]) for row in scored], worst)
+    best = chosen(rows)
+    states = [row["state"] for row in rows]
+    return {
+        "chosen": best["digest"] if best else None,
+        "hypervolume": history[-1] if history else 0.0,
+        "hypervolume_point": list(worst),
+        "hypervolume_history": [
+            [row["number"], value] for row, value in zip(scored, history, strict=True)
+        ],
+        "members": [{**row, "model": f"model/{row['digest']}.yaml"} for row in frontier(rows)],
+        "num_scored": len(scored),
+        "num_failed": states.count("failed"),
+        "num_infeasible": states.count("infeasible"),
+    }
+
+
+def table_summary(rows: Sequence[Row]) -> Row | None:
+    """How far the latency table was from the whole models that were measured."""
+    from latency.table_error import table_error
+
+    measured = [row for row in rows if row["latency_ms"] is not None]
+    if not measured:
+        return None
+    error = table_error(
+        [row["architecture"] for row in measured],
+        [row["predicted_ms"] for row in measured],
+        [row["latency_ms"] for row in measured],
+        [row["latency_raw_ms"] for row in measured],
+    )
+    return {
+        "num_models": len(measured),
+        "mape_percent": error.mape_percent,
+        "max_error_percent": error.max_error_percent,
+        "spearman": error.spearman,
+    }
+
+
+def model_yaml(row: Row, run_folder: Path) -> str:
+    """A Hydra config of the group `model` for a candidate."""
+    architecture = Architecture.parse(row["architecture"])
+    genotype = Genotype.from_json(row["genotype"])
+    ffn = next((str(op) for op in architecture.operators if op.name == "ffn"), "ffn")
+    lines = [
+        f"# python train.py --config-dir {run_folder}/frontier model={row['digest']}",
+        f"# Candidate {row['number']}: loss {row['loss']:.4f} after {row['tokens']:,} tokens, "
+        f"{row['latency_ms']:.4g} ms.",
+        f"width: {architecture.width}",
+        f"depth: {len(genotype.pattern)}",
+        f"pattern: {genotype.letters()}",
+        "blocks:",
+    ]
+    for letter, block in zip("ABCDEFGH", genotype.blocks, strict=False):
+        lines += [f"  {letter}:", "    operators:"]
+        lines += [f"      - {operator}" for operator in block.operators(ffn)]
+    lines += [
+        f"meta_tokens: {architecture.meta_tokens}",
+        f"tie_embeddings: {str(architecture.tie_embeddings).lower()}",
+        f"normalize_logits: {str(architecture.normalize_logits).lower()}",
+        f"vocab_size: {architecture.vocab_size}",
+    ]
+    return "\n".join(lines) + "\n"

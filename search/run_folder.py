@@ -1,0 +1,145 @@
+"""The files of a run folder, written from what the study knows.
+
+search.json             what is searched, where, with what
+candidates.json         every candidate; candidates.parquet: the same as a table
+frontier.json           the frontier as a whole
+frontier/model/*.yaml   its members as Hydra configs, frontier/chosen: the digest of the best
+report.html             all of it, to look at
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from latency.device import Device
+from search.config import SearchConfig, plain
+from search.results import Row, candidate_rows, frontier_summary, model_yaml, table_summary
+from search.space import SearchSpace
+from search.study import Study
+from slm.training.files import write_atomically
+
+PACKAGES = ("torch", "optuna", "moocore", "slm-frontier")
+# What `frontier.json` repeats of `search.json`, so that it can be read alone.
+COMMON = (
+    *("name", "seed", "target_ms", "target_source", "reference", "workload"),
+    *("device", "device_key", "machine", "versions"),
+)
+
+
+class RunFolder:
+    """Writes the files of a search."""
+
+    def __init__(
+        self, folder: Path, config: SearchConfig, space: SearchSpace, device: Device, study: Study
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.space = space
+        self.device = device
+        self.study = study
+
+    def rows(self) -> list[Row]:
+        """Every candidate, in the order of their numbers."""
+        return candidate_rows(
+            self.study.records(),
+            self.space,
+            self.study.fact("setup")["target_ms"],
+            self.config.workload.max_tokens,
+            self.study.fact("accuracies") or {},
+        )
+
+    def publish(self, status: str, seconds: float) -> None:
+        """Write all files but the report. status: running, interrupted or finished."""
+        self.study.update("seconds", seconds)
+        rows = self.rows()
+        description = self._description(rows, status, seconds)
+        write_json(self.folder / "search.json", description)
+        write_json(self.folder / "candidates.json", rows)
+        if any(row["state"] == "scored" for row in rows):
+            setup = self.study.fact("setup")
+            summary = frontier_summary(rows, setup["target_ms"], setup["vocab_size"])
+            summary |= {key: description[key] for key in COMMON}
+            self._write_frontier(summary)
+        if status != "running":
+            write_parquet(self.folder / "candidates.parquet", rows)
+        self.study.update("status", status)
+
+    def write_report(self) -> None:
+        """Write `report.html`."""
+        from search.report import write_report
+
+        write_report(self.folder)
+
+    def _write_frontier(self, summary: Row) -> None:
+        """Write `frontier.json`, and a model config per member."""
+        models = self.folder / "frontier" / "model"
+        models.mkdir(parents=True, exist_ok=True)
+        for row in summary["members"]:
+            write_atomically(models / f"{row['digest']}.yaml", model_yaml(row, self.folder))
+        current = {f"{row['digest']}.yaml" for row in summary["members"]}
+        for path in models.glob("*.yaml"):
+            if path.name not in current:
+                path.unlink()
+        if summary["chosen"] is not None:
+            write_atomically(self.folder / "frontier" / "chosen", summary["chosen"] + "\n")
+        write_json(self.folder / "frontier.json", summary)
+
+    def _description(self, rows: list[Row], status: str, seconds: float) -> Row:
+        """What `search.json` holds."""
+        setup, config = self.study.fact("setup"), plain(self.config)
+        sizes = ("vocab_size", "train_tokens", "validation_tokens", "bytes_per_token")
+        return {
+            "name": self.config.name,
+            "status": status,
+            "seed": self.config.seed,
+            "started_at": setup["started_at"],
+            "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "command": ["python", "-m", "search", *sys.argv[1:]],
+            "num_candidates": self.config.num_candidates,
+            **{key: setup[key] for key in ("target_ms", "target_source", "reference")},
+            "table": {"path": setup["table"], "error": table_summary(rows)},
+            **{key: config[key] for key in ("workload", "space", "evolution", "proxy")},
+            "device": self.device.describe(),
+            "device_key": self.device.key,
+            "legend": {short: text for text, short in self.space.legend.items()},
+            "data": {**config["data"], **{key: setup[key] for key in sizes}},
+            "versions": {
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in PACKAGES},
+            },
+            "machine": {
+                "hostname": platform.node(),
+                "platform": platform.platform(),
+                "cpu_count": os.cpu_count(),
+            },
+        }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    """Write the candidates as a table, whole or not at all; lists and objects as JSON text."""
+    import pandas as pd
+
+    flat = [
+        {
+            key: json.dumps(value) if isinstance(value, list | dict) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pd.DataFrame(flat).to_parquet(temporary, index=False)
+    os.replace(temporary, path)

@@ -1,0 +1,139 @@
+"""A supervised worker process: what goes wrong in it costs one job, not the search.
+
+The process is started once and reused, so that imports and compiled code are paid for once. When
+it crashes, hangs or fails, it is ended, and the next job starts a fresh one. It ends by itself when
+the search does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+POLL_SECONDS = 0.2
+SECONDS_BETWEEN_REPORTS = 0.2
+
+# Receives what a job reports about its progress.
+Report = Callable[[dict[str, Any]], None]
+
+
+class JobError(Exception):
+    """A job did not end well; the message is the reason."""
+
+
+class Worker:
+    """Runs methods of `target` in a process of its own, one at a time.
+
+    target: a picklable object; the process gets its copy when it starts. Each method that is run
+    takes a keyword `report`, to be called with progress.
+    """
+
+    def __init__(self, target: object) -> None:
+        self._target = target
+        self._context = multiprocessing.get_context("spawn")
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def run(
+        self, method: str, *arguments: Any, time_limit_s: float, on_report: Report = lambda _: None
+    ) -> Any:
+        """Run `target.method(*arguments)`; its result.
+
+        Raises JobError if it raises, if the process dies, or if it takes longer than the limit,
+        which includes the start of the process.
+        """
+        deadline = time.monotonic() + time_limit_s
+        try:
+            connection = self._start()
+            connection.send((method, arguments))
+            while True:
+                kind, value = self._receive(connection, deadline)
+                if kind == "result":
+                    return value
+                if kind == "error":
+                    raise JobError(value)
+                on_report(value)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None and self._connection is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+        self._process = self._connection = None
+
+    def _start(self) -> Connection:
+        if self._process is None or self._connection is None:
+            self._connection, theirs = self._context.Pipe()
+            self._process = self._context.Process(
+                target=_serve, args=(self._target, theirs), daemon=True
+            )
+            self._process.start()
+            # Once only the process holds its end, its death ends the connection.
+            theirs.close()
+        return self._connection
+
+    def _receive(self, connection: Connection, deadline: float) -> tuple[str, Any]:
+        """The next message of the process. Raises JobError when there will be none in time."""
+        try:
+            while time.monotonic() < deadline:
+                if connection.poll(POLL_SECONDS):
+                    return connection.recv()
+        except (EOFError, ConnectionError):
+            raise JobError(self._cause_of_death()) from None
+        raise JobError("took longer than its time limit")
+
+    def _cause_of_death(self) -> str:
+        assert self._process is not None
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code >= 0:
+            return f"the worker process exited with code {code}"
+        name = signal.Signals(-code).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"the worker process was ended by {name}{hint}"
+
+
+def _serve(target: object, connection: Connection) -> None:
+    """The process: run jobs until the search is gone."""
+    # Ctrl-C reaches every process of the terminal; the search decides what becomes of this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    last_report_s = 0.0
+
+    def report(progress: dict[str, Any]) -> None:
+        nonlocal last_report_s
+        if time.monotonic() - last_report_s >= SECONDS_BETWEEN_REPORTS:
+            last_report_s = time.monotonic()
+            connection.send(("report", progress))
+
+    try:
+        while True:
+            method, arguments = connection.recv()
+            try:
+                result = getattr(target, method)(*arguments, report=report)
+            except ConnectionError:
+                raise
+            except Exception as error:  # whatever a candidate does wrong is its own affair
+                connection.send(("error", _describe(error)))
+            else:
+                connection.send(("result", result))
+    except (EOFError, ConnectionError):
+        return
+
+
+def _describe(error: Exception) -> str:
+    """The error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

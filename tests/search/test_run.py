@@ -1,0 +1,260 @@
+"""Whole searches, tiny, as people start them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+import yaml
+from omegaconf import open_dict
+from small_space import space_config
+
+from search import config as search_config
+from search.config import read_config
+from search.evaluate import Evaluator, load_weights
+from search.results import WORST_LATENCY_TARGETS
+from search.run import Search
+from search.worker import Worker
+from slm.architecture import Architecture
+from slm.config import compose, read
+from slm.model_config import ModelConfig
+
+NUM_CANDIDATES = 6
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory) -> list[str]:
+    """The arguments of a search of seconds: a small text, small operators, few tokens."""
+    folder = tmp_path_factory.mktemp("experiment")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 7))) for _ in range(60)]
+    sentences = [" ".join(rng.choices(words, k=8)) + "." for _ in range(3000)]
+    documents = [" ".join(sentences[i : i + 30]) for i in range(0, 3000, 30)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    space = search_config.plain(space_config(max_operators=6))
+    values = {
+        "space": space,
+        "data": {"files": [str(folder / "text.txt")], "cache_dir": str(folder / "cache")},
+        "tokenizer": {"vocab_size": 300},
+        "workload": {"prompt_tokens": 4, "new_tokens": 4},
+        "protocol": {"max_seconds": 0.05, "warmup_rounds": 1, "max_interval_percent": 20.0},
+        "evolution": {"initial_candidates": 3, "population_size": 3, "sample_size": 2},
+        "proxy": {
+            "rung_tokens": [320],
+            "batch_size": 4,
+            "sequence_tokens": 8,
+            "validation_tokens": 128,
+            "time_limit_s": 60,
+        },
+        "num_candidates": NUM_CANDIDATES,
+        "cloze_items": 20,
+        "training_threads": 1,
+        # Far above any: what is proposed then depends on losses alone, which repeat.
+        "target_ms": 1e6,
+    }
+    (folder / "experiment").mkdir()
+    # The seeds of the demo's space are not those of the test's.
+    text = "# @package _global_\ndefaults:\n  - override /data: text\n" + yaml.safe_dump(values)
+    (folder / "experiment" / "tiny.yaml").write_text(text)
+    deleted = [f"~space.seeds.{name}" for name in ("mamba2_attention", "deltanet_mamba2")]
+    return ["--config-dir", str(folder), "experiment=tiny", *deleted]
+
+
+def start(experiment: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-u", "-m", "search", *experiment, f"hydra.run.dir={folder}"]
+    return subprocess.Popen(
+        [*command, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def stop_after(process: subprocess.Popen, number: int, signal_number: int) -> str:
+    """Send a signal once the candidate's line has appeared; what the process said after it."""
+    for line in process.stdout:
+        if line.startswith(f"#{number} "):
+            break
+    else:
+        pytest.fail(f"the search ended with code {process.wait()} before candidate {number}")
+    process.send_signal(signal_number)
+    rest = process.stdout.read()
+    process.wait(timeout=60)
+    return rest
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(experiment, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted search."""
+    folder = tmp_path_factory.mktemp("finished")
+    finish(start(experiment, folder))
+    return folder
+
+
+def test_a_killed_and_an_interrupted_search_go_on_as_if_nothing_had_been(
+    experiment, finished, tmp_path
+):
+    stop_after(start(experiment, tmp_path), 1, signal.SIGKILL)
+    process = start(experiment, tmp_path)
+    assert "the same command goes on from here" in stop_after(process, 3, signal.SIGINT)
+    assert process.returncode == 130
+    assert read_json(tmp_path / "search.json")["status"] == "interrupted"
+    assert (tmp_path / "report.html").exists()
+    finish(start(experiment, tmp_path))
+
+    compared = ("number", "state", "origin", "parent", "factor", "architecture", "loss")
+    rows = read_json(tmp_path / "candidates.json")
+    expected = read_json(finished / "candidates.json")
+    assert [[row[key] for key in compared] for row in rows] == [
+        [row[key] for key in compared] for row in expected
+    ]
+    assert [row["state"] for row in rows] == ["scored"] * NUM_CANDIDATES
+    assert {row["origin"] for row in rows} == {"seed", "random", "mutation"}
+    # Nothing that had been scored was trained again.
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    complete = [t.user_attrs["candidate"] for t in study.trials if t.state.name == "COMPLETE"]
+    assert complete == list(range(NUM_CANDIDATES))
+    assert sum(t.state.name == "FAIL" for t in study.trials) <= 2
+
+
+def test_a_finished_search_started_again_does_nothing(experiment, finished):
+    before = (finished / "candidates.json").read_bytes()
+    modified = (finished / "candidates.json").stat().st_mtime_ns
+    output = finish(start(experiment, finished))
+    assert f"{NUM_CANDIDATES} candidates scored" in output
+    assert "latency of" not in output
+    assert (finished / "candidates.json").read_bytes() == before
+    assert (finished / "candidates.json").stat().st_mtime_ns == modified
+
+
+def test_another_search_in_the_same_folder_is_refused_with_what_differs(experiment, finished):
+    output = finish(start(experiment, finished, "seed=1", "workload.new_tokens=8"), code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "error: seed: the search 'search' was made with 0, now it is 1" in output
+    assert "error: workload.new_tokens: the search 'search' was made with 4, now it is 8" in output
+
+
+def test_a_bad_config_writes_nothing(experiment, tmp_path):
+    folder = tmp_path / "run"
+    output = finish(start(experiment, folder, "evolution.sample_size=0", "seed=-1"), code=2)
+    assert "error: evolution.sample_size: must be >= 1, got 0" in output
+    assert "error: seed: " in output
+    assert not folder.exists()
+
+
+def test_the_frontier_is_what_the_candidates_say(finished):
+    rows = read_json(finished / "candidates.json")
+    frontier = read_json(finished / "frontier.json")
+    points = {row["digest"]: (row["loss"], row["latency_ms"]) for row in rows}
+    expected = {
+        digest
+        for digest, (loss, latency_ms) in points.items()
+        if not any(
+            (a, b) != (loss, latency_ms) and a <= loss and b <= latency_ms
+            for a, b in points.values()
+        )
+    }
+    assert {member["digest"] for member in frontier["members"]} == expected
+    assert frontier["chosen"] == min(points, key=points.get)
+    assert (finished / "frontier" / "chosen").read_text() == frontier["chosen"] + "\n"
+    assert frontier["hypervolume_point"][1] == pytest.approx(1e6 * WORST_LATENCY_TARGETS)
+    areas = [area for _, area in frontier["hypervolume_history"]]
+    assert areas == sorted(areas)
+    assert areas[-1] == frontier["hypervolume"] > 0
+    for member in frontier["members"]:
+        assert member["accuracy_low"] <= member["accuracy"] <= member["accuracy_high"]
+        assert member["accuracy_items"] == 20
+    table = pd.read_parquet(finished / "candidates.parquet")
+    assert table["loss"].tolist() == [row["loss"] for row in rows]
+
+
+def test_a_member_is_a_model_config_of_the_architecture_that_was_measured(finished):
+    for member in read_json(finished / "frontier.json")["members"]:
+        config = compose("train", [f"model={member['digest']}"], config_dir=finished / "frontier")[
+            0
+        ]
+        architecture = read(ModelConfig, config.model, "model").architecture(300)
+        assert architecture.digest == member["digest"]
+        assert str(architecture) == member["architecture"]
+
+
+def test_records_hold_what_was_measured_and_trained(finished):
+    search = read_json(finished / "search.json")
+    assert search["status"] == "finished"
+    assert search["table"]["error"]["num_models"] == NUM_CANDIDATES
+    for row in read_json(finished / "candidates.json"):
+        architecture = Architecture.parse(row["architecture"])
+        # Nothing is too slow for the target, so the widest is taken.
+        assert row["width"] == 48
+        assert row["latency_low_ms"] <= row["latency_ms"] <= row["latency_high_ms"]
+        assert row["predicted_ms"] > 0
+        assert row["tokens"] == 320
+        assert row["parameters"] == architecture.parameters()
+        curve = read_json(finished / "candidates" / f"{row['digest']}.json")["loss_curve"]
+        assert [tokens for tokens, _ in curve] == [320]
+        model = load_weights(architecture, finished / "candidates" / f"{row['digest']}.safetensors")
+        assert sum(p.numel() for p in model.parameters()) == row["parameters"]
+
+
+class CrashingEvaluator(Evaluator):
+    """Loses its process while training candidate after candidate, all but the transformer."""
+
+    def train(self, text, tokens, report):
+        if "deltanet" in text:
+            os._exit(9)
+        return super().train(text, tokens, report)
+
+
+def compose_tiny(experiment: list[str], *overrides: str):
+    config_dir = Path(experiment[1])
+    composed = compose("search", [*experiment[2:], *overrides], config_dir=config_dir)[0]
+    with open_dict(composed):
+        del composed["hydra"]
+    return read_config(composed)
+
+
+def test_a_crash_costs_one_candidate(experiment, tmp_path):
+    search = Search(compose_tiny(experiment, "num_candidates=3"), tmp_path)
+    evaluator = search.worker._target
+    search.__dict__["worker"] = worker = Worker(CrashingEvaluator(**vars(evaluator)))
+    search.resources.callback(worker.close)
+    summary = search.run()
+    rows = read_json(tmp_path / "candidates.json")
+    crashed = [row for row in rows if "deltanet" in row["architecture"]]
+    assert crashed
+    for row in rows:
+        assert row["state"] == ("failed" if row in crashed else "scored")
+    assert {row["error"] for row in crashed} == {"the worker process exited with code 9"}
+    assert summary["num_failed"] == len(crashed)
+
+
+def test_a_target_out_of_reach_is_said(experiment, tmp_path):
+    overrides = ("target_ms=1e-6", "max_infeasible=3")
+    output = finish(start(experiment, tmp_path, *overrides), code=2)
+    assert "error: target_ms: 1e-06 is out of reach" in output
+    assert "predicted" in output
+    # Nothing was trained for it.
+    assert list((tmp_path / "candidates").iterdir()) == []
+
+
+def test_wandb_gets_every_candidate(experiment, tmp_path):
+    overrides = ("logger=wandb", "logger.offline=true", "num_candidates=2", "cloze_items=0")
+    finish(start(experiment, tmp_path, *overrides))
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    for row in read_json(tmp_path / "candidates.json"):
+        assert row["architecture"].encode() in content

@@ -1,0 +1,99 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from search.worker import JobError, Worker
+
+LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Jobs that go well and jobs that go wrong."""
+
+    factor: int
+
+    def multiply(self, number, report):
+        report({"number": number})
+        return os.getpid(), self.factor * number
+
+    def crash(self, report):
+        os._exit(3)
+
+    def run_out_of_memory(self, report):
+        # What the kernel does to a process that takes too much.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hang(self, report):
+        while True:
+            report({})
+            time.sleep(0.01)
+
+    def fail(self, report):
+        raise ValueError("the loss is\nnot finite")
+
+
+@pytest.fixture
+def worker():
+    worker = Worker(Target(factor=3))
+    yield worker
+    worker.close()
+
+
+def test_the_process_is_reused_and_reports(worker):
+    reports = []
+    first = worker.run("multiply", 5, time_limit_s=LIMIT_S, on_report=reports.append)
+    second = worker.run("multiply", 6, time_limit_s=LIMIT_S)
+    assert (first[1], second[1]) == (15, 18)
+    assert first[0] == second[0] != os.getpid()
+    assert reports == [{"number": 5}]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("crash", "exited with code 3"),
+        ("run_out_of_memory", "ended by SIGKILL, perhaps for want of memory"),
+        ("fail", "ValueError: the loss is"),
+    ],
+)
+def test_a_fault_costs_one_job(worker, method, reason):
+    with pytest.raises(JobError, match=reason):
+        worker.run(method, time_limit_s=LIMIT_S)
+    assert worker.pid is None
+    assert worker.run("multiply", 1, time_limit_s=LIMIT_S)[1] == 3
+
+
+def test_a_job_that_hangs_is_ended_though_it_reports(worker):
+    pid = worker.run("multiply", 1, time_limit_s=LIMIT_S)[0]
+    with pytest.raises(JobError, match="longer than its time limit"):
+        worker.run("hang", time_limit_s=0.3)
+    assert not psutil.pid_exists(pid)
+
+
+def test_the_process_ends_when_its_parent_is_killed(tmp_path):
+    code = (
+        "from test_worker import Target; from search.worker import Worker\n"
+        "def main():\n"
+        "    worker = Worker(Target(1))\n"
+        "    print(worker.run('multiply', 1, time_limit_s=30)[0], flush=True)\n"
+        "    worker.run('hang', time_limit_s=30)\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=10)

@@ -1,0 +1,183 @@
+"""What is shipped to train with: every config composes and builds, and the command line works."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from slm.architecture import Architecture
+from slm.config import CONFIG_DIR, ConfigError, compose, read
+from slm.model import LanguageModel
+from slm.model_config import BlockConfig
+from slm.training.config import TrainConfig, read_config
+
+ROOT = Path(__file__).parent.parent
+GPT2_SIZE = 50257
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    (config,) = compose("train", overrides)
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def config_of(*overrides: str) -> TrainConfig:
+    return read(TrainConfig, composed(*overrides))
+
+
+def architecture_of(*overrides: str) -> Architecture:
+    return config_of(*overrides).model.architecture(4096)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_each_file_begins_with_its_command(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    # Hydra wants the package on the first line.
+    command = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert command.startswith("# python ")
+    assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_models_build(name: str) -> None:
+    architecture = architecture_of(f"model={name}")
+    with torch.device("meta"):
+        model = LanguageModel(architecture)
+    assert architecture.parameters() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layers"),
+    [
+        ("nemotron_flash_1b", 965_389_440, "DFMFAFMFDFMFAFMFDFMFDFMF"),
+        ("nemotron_flash_3b", 2_749_998_624, 3 * "DFMFAFMF" + 3 * "DFMF"),
+    ],
+)
+def test_nemotron_flash_is_the_released_one(name: str, parameters: int, layers: str) -> None:
+    architecture = architecture_of(f"model={name}")
+    assert architecture.parameters() == parameters
+    letters = {"deltanet": "D", "mamba2": "M", "attention": "A", "ffn": "F"}
+    assert "".join(letters[operator.name] for operator in architecture.operators) == layers
+    assert (architecture.vocab_size, architecture.meta_tokens) == (131072, 256)
+    assert architecture.normalize_logits
+    assert architecture.tie_embeddings
+
+
+def test_small_models_are_small() -> None:
+    tiny, llama = architecture_of("model=tiny"), architecture_of("model=llama_tiny")
+    assert 0.8e6 < tiny.parameters() < 1.3e6
+    assert 0.8 < llama.parameters() / tiny.parameters() < 1.25
+    assert {operator.name for operator in llama.operators} == {"attention", "ffn"}
+
+
+@pytest.mark.parametrize("name", options("block"))
+def test_blocks_go_into_a_model(name: str) -> None:
+    overrides = ["model=llama_tiny", "model.width=512", f"block@model.blocks.A={name}"]
+    architecture = architecture_of(*overrides)
+    file = yaml.safe_load((CONFIG_DIR / "block" / f"{name}.yaml").read_text())
+    expected = read(BlockConfig, file).parse()
+    assert architecture.operators == expected * 6
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{group}={name}" for group in ("trainer", "optimizer", "logger") for name in options(group)],
+)
+def test_options_are_read(override: str) -> None:
+    config_of(override)
+
+
+def is_for_training(experiment: str) -> bool:
+    text = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()
+    return "# python train.py" in text
+
+
+@pytest.mark.parametrize("name", list(filter(is_for_training, options("experiment"))))
+def test_experiments_are_read(name: str) -> None:
+    config = config_of(f"experiment={name}")
+    assert config.name == name
+    config.model.architecture(4096)
+
+
+def test_nemotron_flash_is_trained_as_published() -> None:
+    """Steps of 2M tokens, 4.5T tokens at 4096, then 25B at 29,000; Adam with weight norm."""
+    first = config_of("experiment=nemotron_flash_1b")
+    second = config_of("experiment=nemotron_flash_1b_long")
+    for stage, context, tokens in ((first, 4096, 4.5e12), (second, 29_000, 25e9)):
+        assert stage.trainer.sequence_tokens == context
+        assert stage.trainer.tokens_per_step == pytest.approx(2.1e6, rel=0.01)
+        assert stage.trainer.max_steps * stage.trainer.tokens_per_step == pytest.approx(
+            tokens, rel=0.01
+        )
+        assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adam", 0)
+        assert stage.optimizer.weight_norm
+    assert first.optimizer.lr == 1e-3
+    assert second.optimizer.lr == pytest.approx(first.optimizer.lr * first.optimizer.min_lr_ratio)
+    assert second.init_from == Path("runs") / first.name / "checkpoints" / "last.ckpt"
+    assert first.model == second.model
+
+
+@pytest.mark.parametrize("launcher", options("hydra/launcher"))
+def test_launchers_compose(launcher: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    jobs = compose("train", [f"hydra/launcher={launcher}", "model.depth=2,4"], multirun=True)
+    assert [job.model.depth for job in jobs] == [2, 4]
+    assert jobs[0].hydra.runtime.choices["hydra/launcher"] == launcher
+
+
+def test_a_missing_first_stage_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"init_from: 'nowhere\.ckpt' does not exist"):
+        read_config(composed("init_from=nowhere.ckpt"))
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_typo_costs_nothing(tmp_path: Path) -> None:
+    done = train(
+        tmp_path, "model.width=100", "trainer.max_stepz=3", "model.blocks.A.operators=[atention]"
+    )
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert "error: trainer.max_stepz: unknown field; did you mean 'max_steps'?" in lines
+    assert any("atention" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_gives_a_table(tmp_path: Path) -> None:
+    words = "so the sea and the sun and the moon and the storm go on and on "
+    text = "\n<|endoftext|>\n".join(words * (2 + number) for number in range(30))
+    (tmp_path / "text.txt").write_text(text)
+    arguments = ["experiment=smoke", "data=text", "data.files=[text.txt]", "name=sweep"]
+    arguments += ["tokenizer.vocab_size=300", "trainer.max_steps=2", "model.width=32"]
+    done = train(tmp_path, "-m", *arguments, "model.depth=1,2")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "runs/sweep/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["job"], row["status"], row["model.depth"]) for row in rows] == [
+        ("0", "finished", "1"),
+        ("1", "finished", "2"),
+    ]
+    for row in rows:
+        result = json.loads((tmp_path / "runs/sweep" / row["job"] / "result.json").read_text())
+        assert float(row["bits_per_byte"]) == result["bits_per_byte"]
+    assert rows[0]["digest"] != rows[1]["digest"]
