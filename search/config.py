@@ -27,6 +27,8 @@ class SearchConfig:
 
     name: names the study and the run's folder.
     target_ms: latency of one request of the workload; None: that of the space's reference.
+    screen_margin: what the table predicts to exceed the target by no more than this share is still
+        measured.
     num_candidates: how many are trained, seeds included; may be raised to go on with a search.
     max_infeasible: the search gives up after so many proposals in a row that miss the target.
     cloze_items: questions put to each candidate of the frontier.
@@ -46,6 +48,7 @@ class SearchConfig:
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     target_ms: Annotated[float, Field(gt=0)] | None
+    screen_margin: Annotated[float, Field(ge=0)]
     num_candidates: Positive
     max_infeasible: Positive
     cloze_items: Annotated[int, Field(ge=0)]
@@ -66,7 +69,8 @@ class SearchConfig:
         decisive = ("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy")
         values = plain(self)
         identity = {
-            key: values[key] for key in (*decisive, "seed", "target_ms", "training_threads")
+            key: values[key]
+            for key in (*decisive, "seed", "target_ms", "screen_margin", "training_threads")
         }
         # Where prepared data lies, and when a candidate is given up, decide no score.
         del identity["data"]["cache_dir"], identity["proxy"]["time_limit_s"]

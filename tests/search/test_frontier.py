@@ -20,10 +20,7 @@ def test_non_dominated_by_definition(points):
 @given(point_lists)
 def test_hypervolume_counts_the_unit_squares(points):
     squares = {
-        (x, y)
-        for x in range(15)
-        for y in range(15)
-        if any(a <= x and b <= y for a, b in points)
+        (x, y) for x in range(15) for y in range(15) if any(a <= x and b <= y for a, b in points)
     }
     assert hypervolume(points, (15.0, 15.0)) == pytest.approx(len(squares))
 
