@@ -150,9 +150,9 @@ def _step(
 ) -> Tensor:
     """One optimizer step; its loss, detached."""
     import torch
-    from slm.training.precision import autocast
 
     from slm.training.loss import next_token_loss
+    from slm.training.precision import autocast
 
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
