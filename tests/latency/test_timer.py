@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
+from scipy.stats import binom
 
 from latency.timer import (
     MIN_ROUNDS,
@@ -40,11 +40,9 @@ def test_ranks_are_those_of_the_tables(n, rank):
 def test_ranks_are_the_largest_with_the_coverage(n):
     rank = median_interval_rank(n)
     if rank is None:
-        assert scipy.stats.binom.cdf(0, n, 0.5) > 0.025
+        assert binom.cdf(0, n, 0.5) > 0.025
     else:
-        assert (
-            scipy.stats.binom.cdf(rank - 1, n, 0.5) <= 0.025 < scipy.stats.binom.cdf(rank, n, 0.5)
-        )
+        assert binom.cdf(rank - 1, n, 0.5) <= 0.025 < binom.cdf(rank, n, 0.5)
 
 
 def test_interval_takes_order_statistics_whatever_their_order():
