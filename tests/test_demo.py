@@ -31,7 +31,13 @@ def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_demo(checkout: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = ["make", "demo", "DEMO=demo_smoke", f"PYTHON={sys.executable}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "demo",
+        "DEMO=demo_smoke",
+        f"PYTHON={sys.executable}",
+    ]
     with log.open("wb") as output:
         return subprocess.Popen(
             command, cwd=checkout, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
