@@ -27,7 +27,7 @@ demo: $(READY)
 	$(PYTHON) -m search experiment=$(DEMO) name=$(notdir $(RUN))
 	$(PYTHON) train.py --config-dir $(RUN)/frontier experiment=$(DEMO)_train \
 		model=$$(cat $(RUN)/frontier/chosen) name=$(notdir $(RUN))/train
-	$(PYTHON) -m slm.hub.export checkpoint=$(RUN)/train/checkpoints/last.ckpt out=$(RUN)/export
+	$(PYTHON) -m slm.hub.export checkpoint=$(RUN)/train/checkpoints/last.ckpt out=$(RUN)/export prompt=ROMEO.
 	$(PYTHON) -m search.report $(RUN)
 
 test: $(READY) lint

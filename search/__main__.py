@@ -14,12 +14,15 @@ def main() -> None:
     from slm.config import entry_point
 
     def search(config: DictConfig) -> None:
+        import signal
         from pathlib import Path
 
         from hydra.core.hydra_config import HydraConfig
 
         from search.run import Search
 
+        # A scheduler's way to say stop ends the search as Ctrl-C does: in order.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         folder = Path(HydraConfig.get().runtime.output_dir)
         Search(read_config(config), folder).run()
 
