@@ -1,6 +1,6 @@
 """The genotype of a hybrid: a few block types, and the order in which their copies follow.
 
-Nemotron-Flash (arXiv 2511.18890, section 3.3) repeats one block type per stage. Its released
+Nemotron-Flash (arXiv 2511.18890) repeats one block type per stage. Its released
 models interleave block types instead, so the order is free here: stages, round robin and anything
 between are patterns. Operators are written as in configs: 'attention(head_dim=32)'.
 """

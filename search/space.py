@@ -1,6 +1,6 @@
 """The search space: which hybrids exist, how to draw one, change one, and how wide to build it.
 
-Follows Nemotron-Flash (arXiv 2511.18890, section 3.3): up to three block types of at most two
+Follows Nemotron-Flash (arXiv 2511.18890): up to three block types of at most two
 mixers, their ratio, the FFNs after each mixer, how many blocks; the width follows from the latency
 target. The order of the blocks is free.
 """

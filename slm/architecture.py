@@ -21,7 +21,7 @@ class Architecture:
     width: size of the residual stream.
     vocab_size: rows of the embedding.
     operators: the residual layers, first to last.
-    meta_tokens: learned vectors that every document starts after (Nemotron-Flash, section 5.3).
+    meta_tokens: learned vectors that every document starts after.
     tie_embeddings: the head is the embedding.
     normalize_logits: each logit is divided by the norm of its row of the head, as in the
         released Nemotron-Flash models.

@@ -1,6 +1,6 @@
 """Weight normalization: matrices projected onto the unit sphere after each optimizer step.
 
-Nemotron-Flash (arXiv 2511.18890, section 3.4), after nGPT (arXiv 2410.01131). Each vector that
+Nemotron-Flash (arXiv 2511.18890), after nGPT (arXiv 2410.01131). Each vector that
 lives in the residual stream gets unit L2 norm: the rows of a matrix that reads the stream, the
 columns of one that writes to it. There is no learned scale; the RMSNorms stay; weight decay must
 be off, for the projection undoes it.
