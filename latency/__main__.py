@@ -17,12 +17,14 @@ from latency.timer import Protocol
 from latency.workload import Workload
 from slm.architecture import Architecture
 from slm.config import entry_point, read, schema
+from slm.kernels.backend import set_backend
 from slm.model_config import ModelConfig
+from slm.runtime import RuntimeConfig
 from slm.training.files import write_atomically
 
 
 @schema
-class LatencyConfig:
+class LatencyConfig(RuntimeConfig):
     """What `configs/latency.yaml` holds; its comments say what each field is."""
 
     name: str
@@ -36,6 +38,11 @@ class LatencyConfig:
     seed: int
     protocol: Protocol
 
+    @property
+    def device_type(self) -> str:
+        """'cuda' or 'cpu': what is measured."""
+        return self.device or super().device_type
+
     def architecture(self) -> Architecture:
         """The model; its own `vocab_size` goes before."""
         return self.model.architecture(self.model.vocab_size or self.vocab_size)
@@ -44,6 +51,8 @@ class LatencyConfig:
 def check(config: DictConfig) -> tuple[LatencyConfig, Architecture, Device]:
     """Everything that is needed, or the errors that keep it from being measured."""
     settings = read(LatencyConfig, config)
+    # The device's key depends on it.
+    set_backend(settings.backend)
     return (
         settings,
         settings.architecture(),

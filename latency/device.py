@@ -17,6 +17,8 @@ import torch
 
 from latency.lock import current_lock_name
 from slm import generation
+from slm.kernels.backend import Backend, current_backend
+from slm.plugins import plugin_digests
 
 # Raise when the protocol changes in a way that makes old figures incomparable.
 PROTOCOL_VERSION = 1
@@ -33,6 +35,7 @@ class Device:
     driver: the GPU's driver, or the CPU's instruction set that torch uses.
     torch_version, triton_version, fla_version: None when not installed.
     kernel_hash: of the sources that decoding runs.
+    backend: which kernels were asked for.
     threads: torch's CPU threads, pinned while timing.
     uuid, date, commit: recorded, and no part of the key: equal devices share their tables.
     """
@@ -45,6 +48,7 @@ class Device:
     triton_version: str | None
     fla_version: str | None
     kernel_hash: str
+    backend: Backend
     protocol: int
     threads: int
     uuid: str
@@ -77,6 +81,7 @@ class Device:
             triton_version=_version("triton"),
             fla_version=_version("flash-linear-attention"),
             kernel_hash=kernel_hash(),
+            backend=current_backend(),
             protocol=PROTOCOL_VERSION,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=_commit(),
@@ -116,7 +121,7 @@ class Device:
 
 
 def kernel_hash() -> str:
-    """Digest of the sources that decide what decoding runs."""
+    """Digest of the sources that decide what decoding runs, those of plugins included."""
     sources = [SOURCES / "model.py", SOURCES / "generation.py"]
     for package in ("kernels", "operators"):
         sources += sorted((SOURCES / package).glob("*.py"))
@@ -124,6 +129,8 @@ def kernel_hash() -> str:
     for path in sources:
         digest.update(f"{path.relative_to(SOURCES).as_posix()}\0".encode())
         digest.update(path.read_bytes())
+    for name, source in sorted(plugin_digests().items()):
+        digest.update(f"{name}\0{source}".encode())
     return digest.hexdigest()[:12]
 
 

@@ -16,13 +16,15 @@ from search.space import SpaceConfig
 from search.study import StorageConfig
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
+from slm.plugins import plugin_digests
+from slm.runtime import RuntimeConfig
 from slm.training.config import LoggerConfig
 
 Positive = Annotated[int, Field(gt=0)]
 
 
 @schema
-class SearchConfig:
+class SearchConfig(RuntimeConfig):
     """One search.
 
     name: names the study and the run's folder.
@@ -66,12 +68,13 @@ class SearchConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the scores of a search to be comparable."""
-        decisive = ("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy")
+        decisive = (
+            *("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy"),
+            *("backend", "seed", "target_ms", "screen_margin", "training_threads"),
+        )
         values = plain(self)
-        identity = {
-            key: values[key]
-            for key in (*decisive, "seed", "target_ms", "screen_margin", "training_threads")
-        }
+        identity = {key: values[key] for key in decisive}
+        identity["plugins"] = plugin_digests()
         # Where prepared data lies, and when a candidate is given up, decide no score.
         del identity["data"]["cache_dir"], identity["proxy"]["time_limit_s"]
         return identity

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from search.proxy import ProxyConfig
     from slm.architecture import Architecture
     from slm.model import LanguageModel
+    from slm.runtime import Runtime
 
 
 CLOZE_BATCH_SIZE = 64
@@ -30,9 +31,11 @@ class Evaluator:
 
     candidates_folder: where weights are kept, `<digest>.safetensors`.
     corpus_folder: of the packed corpus.
+    runtime: of the search, for the worker process.
     latency_threads, training_threads: CPU threads; None: torch's choice.
     """
 
+    runtime: Runtime
     candidates_folder: Path
     corpus_folder: Path
     workload: Workload
@@ -54,6 +57,7 @@ class Evaluator:
         from latency.device import Device
         from latency.profile import profile
 
+        self.runtime.apply()
         device = Device.current(threads=self.latency_threads)
         result = profile(_parse(text), self.workload, device, self.protocol)
         request = result.request_ms
@@ -75,7 +79,7 @@ class Evaluator:
         from slm.data import PackedCorpus
         from slm.evaluation import bits_per_byte
 
-        self._set_threads()
+        self._set_up_training()
         architecture = _parse(text)
         corpus = PackedCorpus.open(self.corpus_folder)
         model, result = train_proxy(
@@ -94,7 +98,7 @@ class Evaluator:
         from slm.data.tokenizer import load_tokenizer
         from slm.evaluation import cloze_accuracy
 
-        self._set_threads()
+        self._set_up_training()
         corpus = PackedCorpus.open(self.corpus_folder)
         tokenizer = load_tokenizer(corpus.tokenizer_path)
         items = build_cloze(corpus, num_items, self.seed)
@@ -110,9 +114,10 @@ class Evaluator:
         """Where an architecture's proxy weights are kept."""
         return self.candidates_folder / f"{architecture.digest}.safetensors"
 
-    def _set_threads(self) -> None:
+    def _set_up_training(self) -> None:
         import torch
 
+        self.runtime.apply()
         if self.training_threads is not None:
             torch.set_num_threads(self.training_threads)
 

@@ -25,6 +25,7 @@ from search.study import Claim, Record, StaleTrialError, Study
 from search.worker import JobError, Worker
 from slm.architecture import Architecture
 from slm.config import ConfigError
+from slm.kernels.backend import set_backend
 
 if TYPE_CHECKING:
     from latency.table import LatencyTable
@@ -48,6 +49,7 @@ class Search:
         self.config = config
         self.folder = run_folder
         self.space = SearchSpace(config.space)
+        set_backend(config.backend)
         self.device = Device.current(threads=config.latency_threads)
         identity = {**config.identity(), "device": self.device.key}
         self.study = Study.open(config.storage, run_folder, config.name, identity)
@@ -119,6 +121,7 @@ class Search:
         """The process that measures and trains."""
         worker = Worker(
             Evaluator(
+                runtime=self.config.runtime(),
                 candidates_folder=self.folder / "candidates",
                 corpus_folder=self.corpus.folder.resolve(),
                 workload=self.config.workload,
@@ -369,9 +372,10 @@ class Search:
                 f"{accuracy}  w={row['width']} {format_count(row['parameters'])}  {row['short']}"
             )
         if summary["chosen"] is not None:
+            plugins = f" 'plugins=[{','.join(self.config.plugins)}]'" if self.config.plugins else ""
             self.progress.say(
                 f"train it: python train.py --config-dir {self.folder}/frontier "
-                f"model={summary['chosen']}"
+                f"model={summary['chosen']}{plugins}"
             )
         if (self.folder / "report.html").exists():
             self.progress.say(f"look at it: {self.folder}/report.html")

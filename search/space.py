@@ -27,7 +27,19 @@ from slm.model_config import BlockConfig
 from slm.operators import OperatorConfig, parse_operator
 
 MUTATION_ATTEMPTS = 200
-SHORT_NAMES = {"attention": "A", "mamba2": "M2", "deltanet": "D", "ffn": "F"}
+SHORT_NAMES = {
+    "attention": "A",
+    "deltanet": "D",
+    "ffn": "F",
+    "gated_deltanet": "GD",
+    "gla": "GLA",
+    "kda": "KDA",
+    "linear_attention": "LA",
+    "mamba": "M",
+    "mamba2": "M2",
+    "rwkv7": "R7",
+    "short_convolution": "SC",
+}
 
 
 @schema

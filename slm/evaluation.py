@@ -29,7 +29,7 @@ class ClozeResult:
     accuracy: float
     low: float
     high: float
-    n: int
+    n: float
 
 
 def evaluate_loss(
@@ -75,15 +75,22 @@ def cloze_accuracy(
     A sentence is scored as a document of its own: by the sum of its tokens' log-probabilities.
     Raises ValueError if there are no items, or if a score is not finite.
     """
+    right = cloze_answers(model, tokenizer, items, batch_size)
+    return wilson_interval(int(right.sum()), len(items))
+
+
+def cloze_answers(
+    model: nn.Module, tokenizer: Tokenizer, items: Sequence[ClozeItem], batch_size: int
+) -> Tensor:
+    """Which items are answered right, [N] bool; as `cloze_accuracy`."""
     if not items:
         raise ValueError("cloze accuracy needs at least one item")
     sentences = [sentence for item in items for sentence in item.sentences]
     scores = sentence_log_probabilities(model, tokenizer, sentences, batch_size)
     if not scores.isfinite().all():
         raise ValueError("cloze accuracy: the model's log-probabilities are not finite")
-    chosen = scores.view(len(items), -1).argmax(1)
     answers = torch.tensor([item.answer for item in items])
-    return wilson_interval(int((chosen == answers).sum()), len(items))
+    return scores.view(len(items), -1).argmax(1) == answers
 
 
 def sentence_log_probabilities(
@@ -104,8 +111,11 @@ def sentence_log_probabilities(
     return scores
 
 
-def wilson_interval(num_right: int, n: int) -> ClozeResult:
-    """Share and 95 % score interval of a binomial count (Wilson, 1927)."""
+def wilson_interval(num_right: float, n: float) -> ClozeResult:
+    """Share and 95 % score interval of a binomial count (Wilson, 1927).
+
+    Numbers that are not whole stand for as many independent answers.
+    """
     share = num_right / n
     scale = 1 + Z_95**2 / n
     centre = (share + Z_95**2 / (2 * n)) / scale

@@ -17,10 +17,12 @@ from slm.config import ConfigError, entry_point, read, schema
 from slm.data.tokenizer import end_of_text_id, load_tokenizer
 from slm.generation import Decoder
 from slm.hub.loading import load_model
+from slm.kernels.backend import set_backend
+from slm.runtime import RuntimeConfig
 
 
 @schema
-class GenerateConfig:
+class GenerateConfig(RuntimeConfig):
     """What to generate from, and how.
 
     checkpoint: a `.ckpt` file, a run's folder or an export.
@@ -42,14 +44,19 @@ class GenerateConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(["device: 'cuda': there is no GPU"])
 
+    @property
+    def device_type(self) -> str:
+        """'cuda' or 'cpu': where the model runs."""
+        return super().device_type if self.device == "auto" else self.device
+
 
 def stream(config: GenerateConfig) -> Iterator[str]:
     """Yield the text that follows the prompt, piece by piece, until the model ends it."""
     from tokenizers.decoders import DecodeStream
 
+    set_backend(config.backend)
     model, tokenizer_file = load_model(config.checkpoint)
-    is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    model = model.to("cuda" if is_cuda else "cpu")
+    model = model.to(config.device_type)
     try:
         tokenizer = load_tokenizer(tokenizer_file)
     except ValueError as error:

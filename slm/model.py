@@ -5,6 +5,7 @@ Letters: B rows, T tokens, M meta tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,14 @@ from slm.architecture import Architecture
 from slm.operators import OPERATORS, OperatorConfig, Sequence, State
 
 INITIAL_STD = 0.02
+
+
+@torch.no_grad()
+def initialize(module: nn.Linear | nn.Embedding) -> None:
+    """Weights normal(0, 0.02), as Nemotron-Flash has it, and biases zero."""
+    nn.init.normal_(module.weight, std=INITIAL_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class Layer(nn.Module):
@@ -68,6 +77,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        # Of the head: the matrix, what tells whether it has changed, and the norms of its rows.
+        self._norms: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
         width, vocab_size = architecture.width, architecture.vocab_size
         self.architecture = architecture
         self.embedding = nn.Embedding(vocab_size, width)
@@ -82,14 +93,13 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) for projections and the embedding, as Nemotron-Flash has it.
-
-        The rest is initialised by the operator that owns it.
-        """
+        """Initialise linear maps, embedding and meta tokens, then what operators have otherwise."""
         nn.init.normal_(self.meta_tokens, std=1.0)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
+                initialize(module)
+        for layer in self.layers:
+            layer.operator.reset_parameters()
 
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
@@ -119,8 +129,36 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight if self.architecture.tie_embeddings else self.head.weight
         logits = F.linear(hidden, weight)
         if self.architecture.normalize_logits:
-            logits = logits / weight.norm(dim=-1)
+            logits = logits / self._row_norms(weight)
         return logits.float()
+
+    def _row_norms(self, weight: Tensor) -> Tensor:
+        """Norm of each row of the head [V], remembered in evaluation as long as it holds.
+
+        Computing it reads the whole head, as much as the logits of one token themselves.
+        """
+        if self.training or torch.is_grad_enabled() or weight.is_inference():
+            # What follows may change the head where its version does not tell: fused optimizers,
+            # shards that are gathered anew, and inference tensors do.
+            self._norms = None
+            return weight.norm(dim=-1)
+        stamp = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        known = self._norms
+        if known is None or known[0] is not weight or known[1] != stamp:
+            # Also under inference_mode an ordinary tensor, which every mode can use later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._norms = known = (weight, stamp, weight.norm(dim=-1))
+        return known[2]
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """As of every module; what is remembered outside training is forgotten."""
+        self._norms = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        # Moving or casting parameters does not count as a change of theirs.
+        self._norms = None
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def init_state(self, batch_size: int, max_tokens: int) -> ModelState:

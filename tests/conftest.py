@@ -1,5 +1,7 @@
 """Fixtures for every test."""
 
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +9,15 @@ import hypothesis
 import pytest
 import torch
 
+from slm import plugins
+from slm.operators import OPERATORS
+
 # The same examples every time, and no opinion on how long one takes on a busy machine.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+# A shell's background jobs ignore Ctrl-C, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
@@ -23,6 +31,19 @@ def _same_start_for_every_test() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if no plugin had ever been imported, and afterwards as before."""
+    monkeypatch.setattr(plugins, "_digests", {})
+    operators = dict(OPERATORS)
+    yield
+    OPERATORS.clear()
+    OPERATORS.update(operators)
+    packages = {name.partition(".")[0] for name in plugins.plugin_digests()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

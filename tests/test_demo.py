@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, open_dict
+from pages import page_commands
 
 from slm.config import compose
 
@@ -102,16 +102,11 @@ def test_demo_survives_a_kill_and_runs_to_its_end(checkout: Path, tmp_path: Path
 ENTRY_POINTS = {
     "train.py": ("train", "slm.training.config", "read_config"),
     "search": ("search", "search.config", "read_config"),
+    "search.operator_study": ("operator_study", "search.operator_study_config", "read_config"),
     "latency": ("latency", "latency.__main__", "check"),
     "slm.hub.export": ("export", "slm.hub.export", "_check"),
     "slm.generate": ("generate", "slm.generate", "_check"),
 }
-
-
-def readme_commands(root: Path) -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python ", "make "))]
 
 
 def test_the_commands_of_the_readme_are_good(
@@ -127,7 +122,7 @@ def test_the_commands_of_the_readme_are_good(
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoints/last.ckpt").touch()
 
-    commands = readme_commands(root)
+    commands = page_commands(root / "README.md")
     assert {shlex.split(c)[-1] for c in commands if c.startswith("make")} == {"demo", "test"}
     programs = [shlex.split(c.replace("<digest>", "0123456789ab")) for c in commands]
     programs = [words for words in programs if words[0] == "python"]

@@ -33,6 +33,7 @@ from slm.hub.loading import CONFIG_FILE
 from slm.hub.verify import verify
 from slm.model import LanguageModel
 from slm.operators import OPERATORS
+from slm.runtime import PluginsConfig
 from slm.training.checkpoint import TOKENIZER_FILE, checkpoint_file, load_checkpoint
 from slm.training.files import write_atomically
 
@@ -44,7 +45,7 @@ AUTO_MAP = {
 
 
 @schema
-class ExportConfig:
+class ExportConfig(PluginsConfig):
     """What to export, and where to.
 
     checkpoint: a `.ckpt` file, or a run's folder.

@@ -16,7 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from slm.architecture import Architecture
 from slm.hub.cache import SLMCache
 from slm.hub.configuration import SLMConfig
-from slm.model import INITIAL_STD, LanguageModel
+from slm.model import LanguageModel, initialize
+from slm.operators import Operator
 
 
 class SLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -172,13 +173,18 @@ class SLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a checkpoint lacks, as `LanguageModel` does."""
-        parameters = list(module.parameters(recurse=False))
-        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters):
+        """Initialise what a checkpoint lacks, as `LanguageModel` does; called children first."""
+        # An operator may begin with other linear maps than `initialize` gives it.
+        parameters = list(module.parameters(recurse=isinstance(module, Operator)))
+        loaded = [p for p in parameters if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) == len(parameters):
             return
+        values = [parameter.clone() for parameter in loaded]
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=INITIAL_STD)
+            initialize(module)
         elif isinstance(module, LanguageModel):
             nn.init.normal_(module.meta_tokens)
         else:
             module.reset_parameters()  # type: ignore[operator]
+        for parameter, value in zip(loaded, values, strict=True):
+            parameter.copy_(value)

@@ -7,6 +7,7 @@ q [B, T, H, K]; k, v [B, N, G, K]. A position of −1 marks an empty place.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,88 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
     return y.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values of tokens, in order.
+
+    k, v: [B|1, N, G, K]; positions: [B|1, N], restarting in each document.
+    documents: [B, N], which document each is of; None: all see them.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    documents: Tensor | None = None
+
+    def part(self, begin: int, end: int) -> Keys:
+        """The tokens from `begin` to before `end`."""
+        documents = None if self.documents is None else self.documents[:, begin:end]
+        return Keys(
+            self.k[:, begin:end], self.v[:, begin:end], self.positions[:, begin:end], documents
+        )
+
+    def pinned(self, begin: int, before: int, num_pinned: int) -> Keys:
+        """The first positions of the document of token `begin`, if they stand before `before`."""
+        position = torch.arange(num_pinned, device=self.positions.device)
+        index = begin - (self.positions[:, begin : begin + 1] - position)
+        positions = torch.where((index >= 0) & (index < before), position, -1)
+        index = index.clamp(0, before - 1)
+        k, v = (x.take_along_dim(index[..., None, None], dim=1) for x in (self.k, self.v))
+        documents = None if self.documents is None else self.documents.take_along_dim(index, dim=1)
+        return Keys(k, v, positions, documents)
+
+    def visible_from(self, queries: Keys, window: int | None, num_pinned: int) -> Tensor:
+        """[B|1, T, N] bool: what tokens see of these."""
+        visible = visible_keys(queries.positions, self.positions, window, num_pinned)
+        if self.documents is None or queries.documents is None:
+            return visible
+        return visible & (queries.documents.unsqueeze(-1) == self.documents.unsqueeze(-2))
+
+
+def masked_attention(
+    q: Tensor,
+    new: Keys,
+    before: Keys | None,
+    window: int | None,
+    num_pinned: int = 0,
+    least_position: int = 0,
+    block_size: int = 128,
+) -> Tensor:
+    """Softmax attention [B, T, H, K] of the tokens `new` over their own document and `before`.
+
+    A window is computed by blocks of queries over the keys that they can see, so that memory grows
+    with T · window.
+
+    before: what each document begins with, first positions first.
+    window: tokens a query looks back on, itself included; None: all.
+    num_pinned: how many first positions of a document the window always shows.
+    least_position: no token is at a smaller one.
+    """
+    num_tokens, batch_size = q.shape[1], q.shape[0]
+    block_size = num_tokens if window is None else max(window, block_size)
+    outputs = []
+    for begin in range(0, num_tokens, block_size):
+        end = min(begin + block_size, num_tokens)
+        low = 0 if window is None else max(0, begin - window + 1)
+        parts = [new.part(low, end)]
+        if low > 0 and least_position < num_pinned:
+            parts.insert(0, new.pinned(begin, low, num_pinned))
+        if before is not None:
+            # Unless documents begin here, too, the window has left behind all but what is pinned.
+            is_near = window is None or begin < window or new.documents is not None
+            parts.insert(0, before if is_near else before.part(0, num_pinned))
+        queries = new.part(begin, end)
+        masks = [part.visible_from(queries, window, num_pinned) for part in parts]
+        num_masks = max(mask.shape[0] for mask in masks)
+        visible = torch.cat([mask.expand(num_masks, -1, -1) for mask in masks], dim=-1)
+        k, v = (
+            torch.cat([x.expand(batch_size, -1, -1, -1) for x in tensors], dim=1)
+            for tensors in ([part.k for part in parts], [part.v for part in parts])
+        )
+        outputs.append(attention(q[:, begin:end], k, v, visible))
+    return torch.cat(outputs, dim=1)
+
+
 def attention_step(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """One query per row, q [B, H, K], over k, v [B, N, G, K]; `visible` [B, N] or None for all."""
     mask = None if visible is None else visible[:, None, None]
@@ -42,11 +125,18 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> T
     return y.squeeze(2)
 
 
-def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """[B|1, T, N] bool: causal, and not further back than `window` tokens, itself included."""
+def visible_keys(
+    query_positions: Tensor, key_positions: Tensor, window: int | None, num_pinned: int = 0
+) -> Tensor:
+    """[B|1, T, N] bool: causal, and not further back than `window` tokens, itself included.
+
+    The first `num_pinned` positions are visible from outside the window, too.
+    """
     distance = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
     visible = (distance >= 0) & (key_positions >= 0).unsqueeze(-2)
-    return visible if window is None else visible & (distance < window)
+    if window is None:
+        return visible
+    return visible & ((distance < window) | (key_positions < num_pinned).unsqueeze(-2))
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:

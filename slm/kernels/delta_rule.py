@@ -14,7 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slm.kernels.backend import fla_function, run_fla, use_fla
 from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.triangular import solve_unit_lower
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+
+    Returns (o [B, T, H, V], the state after each row's last token).
+    """
+    run = fla_delta_rule if use_fla("delta_rule", q) else chunk_delta_rule
+    return run(q, k, v, beta, start, documents)
 
 
 def recurrent_delta_rule(
@@ -22,7 +40,7 @@ def recurrent_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, V], final state)."""
     q, k, v, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, beta))
-    state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k).clone()
+    state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
     outputs = []
     for t in range(q.shape[1]):
         error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
@@ -42,10 +60,8 @@ def chunk_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: the same result with matrix products inside each chunk.
 
-    Within a chunk the corrected values solve a unit lower triangular system,
-    (I + tril(diag(β) K Kᵀ, −1)) [U, W] = diag(β) [V, K], for all chunks at once; a loop over
-    chunks then carries the state. With `documents` [B, T] each document begins with `start`.
-    Returns (o [B, T, H, V], the state after each row's last token).
+    Within a chunk that begins with the state S what is written are the values U − W S, where
+    (I + tril(diag(β) K Kᵀ, −1)) [U, W] = diag(β) [V, K] for all chunks at once.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, beta))
@@ -53,21 +69,30 @@ def chunk_delta_rule(
         chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
         q, k, v, beta = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v, beta[..., None]))
 
-        system = (beta * k @ k.mT).masked_fill(~chunks.visible, 0.0)
-        # Only what lies below the diagonal is read: the ones on it are implied.
-        corrected = torch.linalg.solve_triangular(
-            system, beta * torch.cat([v, k], dim=-1), upper=False, unitriangular=True
-        )
+        beta_k = beta * k
+        scores, system = (chunks.mask(x @ k.mT) for x in (q, beta_k))
+        corrected = solve_unit_lower(system, torch.cat([beta * v, beta_k], dim=-1))
         U, W = corrected.split([v.shape[-1], k.shape[-1]], dim=-1)
-        scores = (q @ k.mT).masked_fill(~chunks.visible, 0.0)
-        keys = chunks.only_last(k).mT
+        written, states, final = chunks.correct(None, U, W, chunks.only_last(k), None, initial)
+        return chunks.join(chunks.read(q, states, initial) + scores @ written), final
 
-        state, outputs = initial, []
-        for c in range(chunks.num_chunks):
-            values = U[c] - chunks.read(c, W, state, initial)
-            outputs.append(chunks.read(c, q, state, initial) + scores[c] @ values)
-            state = chunks.inherit(c, state, initial) + keys[c] @ values
-        return chunks.join(outputs), state
+
+def fla_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By the Triton kernels of fla; those of the gated rule for fp32, which its own refuse."""
+    q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
+    inputs = {"q": q, "k": k, "v": v, "beta": beta}
+    if v.dtype != torch.float32:
+        return run_fla(fla_function("delta_rule", "chunk_delta_rule"), inputs, start, documents)
+    inputs["g"] = torch.zeros_like(beta)
+    function = fla_function("gated_delta_rule", "chunk_gated_delta_rule")
+    return run_fla(function, inputs, start, documents)
 
 
 def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:

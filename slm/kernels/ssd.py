@@ -15,7 +15,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slm.kernels.backend import fla_function, run_fla, use_fla
 from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.decay import gated_products
+
+
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+
+    Returns (o [B, T, H, P], the state after each row's last token).
+    """
+    run = fla_ssd if use_fla("ssd", q) else chunk_ssd
+    return run(q, k, v, g, start, documents)
 
 
 def recurrent_ssd(
@@ -23,7 +41,7 @@ def recurrent_ssd(
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, P], final state)."""
     q, k, v, g = (x.to(accumulation_dtype(x)) for x in (q, k, v, g))
-    state = initial_state(start, (*g[:, 0].shape, k.shape[-1], v.shape[-1]), like=v).clone()
+    state = initial_state(start, (*g[:, 0].shape, k.shape[-1], v.shape[-1]), like=v)
     outputs = []
     for t in range(q.shape[1]):
         write = torch.einsum("bn,bhp->bhnp", k[:, t], v[:, t])
@@ -41,11 +59,7 @@ def chunk_ssd(
     documents: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk: the same result with matrix products inside each chunk.
-
-    With `documents` [B, T] each document begins with `start`. Returns (o [B, T, H, P], the
-    state after each row's last token).
-    """
+    """Chunk by chunk: the same result with matrix products inside each chunk."""
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, g = (x.to(accumulation_dtype(x)) for x in (q, k, v, g))
         initial = initial_state(start, (*g[:, 0].shape, k.shape[-1], v.shape[-1]), like=v)
@@ -53,21 +67,28 @@ def chunk_ssd(
         q, k, v, g = (chunks.split(x) for x in (q[:, :, None], k[:, :, None], v, g[..., None]))
 
         decay = g.cumsum(dim=-2)  # [C, B, H, L, 1], from the chunk's first token on
-        between = (decay - decay.mT).masked_fill(~chunks.visible, -torch.inf).exp()
-        local = (q @ k.mT * between) @ v
-        writes = k.mT @ chunks.only_last(v * (decay[..., -1:, :] - decay).exp())
-        if documents is not None:
-            # A document that begins in the chunk decays from its own first token on.
-            first = chunks.first_of_document().expand_as(decay)
-            decay = decay - (decay - g).gather(-2, first)
-        reads = q * decay.exp()
-        total = decay[..., -1:, :].exp()
+        since_begin = chunks.since_begin(decay, decay - g)
+        (scores,) = gated_products((q,), k, decay, chunks.visible)
 
-        state, outputs = initial, []
-        for c in range(chunks.num_chunks):
-            outputs.append(chunks.read(c, reads, state, initial) + local[c])
-            state = total[c] * chunks.inherit(c, state, initial) + writes[c]
-        return chunks.join(outputs), state
+        additions = k.mT @ chunks.only_last(v * (decay[..., -1:, :] - decay).exp())
+        states, final = chunks.carry(since_begin[..., -1:, :].exp(), additions, initial)
+        read = chunks.read(q, states, initial) * since_begin.exp()
+        return chunks.join(read + scores @ v), final
+
+
+def fla_ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By the Triton kernels of fla, which want keys and queries for every head."""
+    q, k = (x.to(v.dtype).unsqueeze(2).expand(-1, -1, v.shape[2], -1) for x in (q, k))
+    inputs = {"q": q, "k": k, "v": v, "g": g.float()}
+    function = fla_function("simple_gla", "chunk_simple_gla")
+    return run_fla(function, inputs, start, documents, scale=1.0)
 
 
 def ssd_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slm.kernels.attention import attention, attention_step, rotate, visible_keys
+from slm.kernels.attention import Keys, attention, attention_step, masked_attention, rotate
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
 
 
@@ -24,6 +24,10 @@ class AttentionConfig(OperatorConfig):
     window: tokens a query looks back on, itself included; None: all.
     qk_norm: RMSNorm over each head of q and k before the rotation.
     rope_theta: base of the rotary embedding.
+    rope_ntk: longest context over the one the base was meant for; above 1 the base grows so that
+        the slowest rotation spans it, as in Nemotron-Flash (static NTK scaling).
+    pinned_tokens: first tokens, such as the meta tokens, that the window always shows as well
+        (Hymba, Dong et al. 2024).
     """
 
     name: ClassVar[str] = "attention"
@@ -33,6 +37,8 @@ class AttentionConfig(OperatorConfig):
     window: int | None = None
     qk_norm: bool = False
     rope_theta: float = 10000.0
+    rope_ntk: float = 1.0
+    pinned_tokens: int = 0
 
     def problems(self, width: int) -> list[str]:
         """Why this operator cannot be built at this width; empty when it can."""
@@ -50,7 +56,27 @@ class AttentionConfig(OperatorConfig):
             found.append(f"attention.window: must be > 0, got {self.window}")
         if self.rope_theta <= 0:
             found.append(f"attention.rope_theta: must be > 0, got {self.rope_theta}")
+        if self.rope_ntk < 1 or (self.rope_ntk > 1 and self.head_dim == 2):
+            found.append(
+                "attention.rope_ntk: must be >= 1, and 1 if head_dim is 2, "
+                f"got {self.rope_ntk} with head_dim {self.head_dim}"
+            )
+        if self.pinned_tokens < 0 or (self.pinned_tokens and self.window is None):
+            found.append(
+                "attention.pinned_tokens: must be >= 0, and 0 without a window, "
+                f"got {self.pinned_tokens} with window {self.window}"
+            )
         return found
+
+    @property
+    def rope_base(self) -> float:
+        """Base of the rotary embedding after NTK scaling."""
+        exponent = self.head_dim / max(self.head_dim - 2, 1)
+        return self.rope_theta * (2.0 * self.rope_ntk - 1.0) ** exponent
+
+    def num_seen(self, context: int) -> int:
+        """How many of `context` tokens the last one sees, itself included."""
+        return context if self.window is None else min(context, self.pinned_tokens + self.window)
 
     def kv_width(self, width: int) -> int:
         """G · K: values that keys, and values, take per token."""
@@ -62,13 +88,12 @@ class AttentionConfig(OperatorConfig):
 
     def flops_per_token(self, width: int, context: int) -> float:
         """Projections, then scores and weighted sum over what the window shows."""
-        seen = context if self.window is None else min(context, self.window)
-        return 4.0 * width * (width + self.kv_width(width)) + 4.0 * width * seen
+        projections = 4.0 * width * (width + self.kv_width(width))
+        return projections + 4.0 * width * self.num_seen(context)
 
     def state_bytes(self, width: int, context: int, bytes_per_value: int) -> int:
         """Keys and values of what the window shows."""
-        seen = context if self.window is None else min(context, self.window)
-        return 2 * self.kv_width(width) * seen * bytes_per_value
+        return 2 * self.kv_width(width) * self.num_seen(context) * bytes_per_value
 
 
 @dataclass(frozen=True)
@@ -77,24 +102,28 @@ class KeyValues:
 
     keys (rotated), values: [B|1, N, G, K]; positions: [B|1, N], −1 where nothing is stored.
     next_position: [B|1], the position of the token that comes next.
+    least_position: what the host knows of `next_position`: it is not smaller.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     next_position: Tensor
+    least_position: int
 
 
 class KeyValueCache(State):
-    """Keys and values in S static places; position p lives in place p mod S.
+    """Keys and values in S static places.
 
     keys, values: [B, S, G, K]; position: [B] int64, tokens seen so far.
-    A window needs S = window places only: what it no longer shows is overwritten.
+    The first `num_pinned` positions keep their places; the others share the rest of the places,
+    in turns. So a window needs no more of them than it shows: the rest is overwritten.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, num_pinned: int) -> None:
+        self.keys, self.values, self.num_pinned = keys, values, num_pinned
         batch_size, self.num_places = keys.shape[:2]
+        self.num_shared = self.num_places - num_pinned
         self.position = torch.zeros(batch_size, dtype=torch.int64, device=keys.device)
         self.rows = torch.arange(batch_size, device=keys.device)
         self.places = torch.arange(self.num_places, device=keys.device)
@@ -102,9 +131,8 @@ class KeyValueCache(State):
 
     def _forget(self) -> None:
         # Known to the host, so that the cost follows what is stored and nothing waits for the
-        # device: an upper bound of the tokens seen, and whether rows have seen different numbers.
-        self.max_position = 0
-        self.is_ragged = False
+        # device: bounds of the tokens seen, equal unless rows have seen different numbers.
+        self.min_position = self.max_position = 0
 
     @property
     def num_used(self) -> int:
@@ -126,7 +154,9 @@ class KeyValueCache(State):
             return None
         used = slice(self.num_used)
         positions = self._stored(self.places[used], self.position)
-        return KeyValues(self.keys[:, used], self.values[:, used], positions, self.position)
+        return KeyValues(
+            self.keys[:, used], self.values[:, used], positions, self.position, self.min_position
+        )
 
     def write(self, memory: KeyValues, sequence: Sequence) -> None:
         """Store the new tokens that still show, in place."""
@@ -141,22 +171,33 @@ class KeyValueCache(State):
             cache.copy_(torch.where(is_new, new.take_along_dim(source, dim=1), cache))
         self.position.copy_(seen)
         self.max_position += memory.keys.shape[1]
-        self.is_ragged = self.is_ragged or sequence.lengths is not None
+        self.min_position = memory.least_position
 
     def _stored(self, places: Tensor, seen: Tensor) -> Tensor:
-        """[B, S]: the newest position below `seen` [B] that lives in each place, or < 0."""
-        newest = seen[:, None] - 1
-        return newest - (newest - places) % self.num_places
+        """[B, S]: the newest position below `seen` [B] that lives in each place, or −1."""
+        turns = (seen[:, None] - 1 - places) // self.num_shared
+        newest = places + turns * self.num_shared
+        newest = torch.where(places < self.num_pinned, places, newest)
+        return torch.where(places < seen[:, None], newest, -1)
+
+    def _place(self, position: Tensor) -> Tensor:
+        """The place where a position lives."""
+        if self.num_pinned == 0:
+            return position % self.num_places
+        shared = self.num_pinned + (position - self.num_pinned) % self.num_shared
+        return torch.where(position < self.num_pinned, position, shared)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one token k, v [B, G, K] per row, and give keys, values and which are visible."""
-        place = self.position % self.num_places
+        place = self._place(self.position)
         self.keys[self.rows, place] = k.to(self.keys.dtype)
         self.values[self.rows, place] = v.to(self.values.dtype)
         self.position += 1
+        self.min_position += 1
         self.max_position += 1
         used = slice(self.num_used)
-        visible = self.places[used] < self.position[:, None] if self.is_ragged else None
+        is_ragged = self.min_position < self.max_position
+        visible = self.places[used] < self.position[:, None] if is_ragged else None
         return self.keys[:, used], self.values[:, used], visible
 
 
@@ -189,13 +230,12 @@ class Attention(Operator):
         positions = first[:, None] + (place if sequence.ages is None else sequence.ages)
         q, k, v = self._project(x, positions)
 
-        lengths = num_tokens if sequence.lengths is None else sequence.lengths
-        memory = KeyValues(k, v, positions, first + lengths)
-        visible = self._visible(positions, sequence, start)
-        if start is not None:
-            k = torch.cat([start.keys.to(k.dtype).expand(x.shape[0], -1, -1, -1), k], dim=1)
-            v = torch.cat([start.values.to(v.dtype).expand(x.shape[0], -1, -1, -1), v], dim=1)
-        return self.o_proj(attention(q, k, v, visible).flatten(-2)), memory
+        least = 0 if start is None else start.least_position
+        if sequence.lengths is None:
+            memory = KeyValues(k, v, positions, first + num_tokens, least + num_tokens)
+        else:
+            memory = KeyValues(k, v, positions, first + sequence.lengths, least)
+        return self.o_proj(self._attend(q, memory, sequence, start).flatten(-2)), memory
 
     def step(self, x: Tensor, state: KeyValueCache) -> Tensor:
         """See `Operator.step`."""
@@ -203,12 +243,12 @@ class Attention(Operator):
         return self.o_proj(attention_step(q, *state.append(k, v)).flatten(-2))
 
     def init_state(self, batch_size: int, max_tokens: int) -> KeyValueCache:
-        """A cache of `max_tokens` places, or of the window if that is smaller."""
-        window = self.config.window
-        num_places = max_tokens if window is None else min(window, max_tokens)
+        """A cache of `max_tokens` places, or of what the window shows if that is less."""
+        num_places = self.config.num_seen(max_tokens)
         weight = self.o_proj.weight
         shape = (batch_size, num_places, self.num_kv_heads, self.config.head_dim)
-        return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape))
+        num_pinned = min(self.config.pinned_tokens, num_places - 1)
+        return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape), num_pinned)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, K], k and v [..., G, K] of x [..., D]; q and k normed and rotated."""
@@ -218,23 +258,20 @@ class Attention(Operator):
         if self.config.qk_norm:
             q, k = qk.split(num_heads, dim=-2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
-        q, k = rotate(qk, positions, self.config.rope_theta).split(num_heads, dim=-2)
+        q, k = rotate(qk, positions, self.config.rope_base).split(num_heads, dim=-2)
         return q, k, v
 
-    def _visible(
-        self, positions: Tensor, sequence: Sequence, start: KeyValues | None
-    ) -> Tensor | None:
-        """[B|1, T, N + T] bool; None when plain causal attention says the same."""
-        window = self.config.window
-        is_short = window is None or positions.shape[1] <= window
-        if start is None and sequence.documents is None and is_short:
-            return None
-        visible = visible_keys(positions, positions, window)
-        if sequence.documents is not None:
-            documents = sequence.documents
-            visible = visible & (documents.unsqueeze(-1) == documents.unsqueeze(-2))
-        if start is None:
-            return visible
-        before = visible_keys(positions, start.positions, window)
-        batch_size = max(visible.shape[0], before.shape[0])
-        return torch.cat([x.expand(batch_size, -1, -1) for x in (before, visible)], dim=-1)
+    def _attend(
+        self, q: Tensor, new: KeyValues, sequence: Sequence, start: KeyValues | None
+    ) -> Tensor:
+        """y [B, T, H, K] of the new tokens."""
+        config, num_tokens = self.config, q.shape[1]
+        sees_all = config.num_seen(num_tokens) == num_tokens
+        if start is None and sequence.documents is None and sees_all:
+            return attention(q, new.keys, new.values, None)
+        keys = Keys(new.keys, new.values, new.positions, sequence.documents)
+        before = None
+        if start is not None:
+            before = Keys(start.keys.to(q.dtype), start.values.to(q.dtype), start.positions)
+        least = 0 if start is None else start.least_position
+        return masked_attention(q, keys, before, config.window, config.pinned_tokens, least)

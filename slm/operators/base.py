@@ -152,6 +152,13 @@ class Operator(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
 
+    def reset_parameters(self) -> None:
+        """Initialise what shall begin otherwise than the model has it.
+
+        That is normal(0, 0.02) for the weights of linear maps and zero for their biases; this runs
+        after it. Other modules (norms, convolutions) keep what torch gives them.
+        """
+
     def scan(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
         """Mix x [B, T, D], every document beginning with the memory `start` (None: nothing).
 
@@ -189,13 +196,18 @@ def register(config_class: type[OperatorConfig]) -> Callable[[OperatorType], Ope
     def add(module_class: OperatorType) -> OperatorType:
         name = config_class.name
         known = OPERATORS.get(name)
-        if known is not None and known.__qualname__ != module_class.__qualname__:
-            raise ValueError(f"operator name {name!r} is taken by {known.__qualname__}")
+        if known is not None and _place(known) != _place(module_class):
+            raise ValueError(f"operator name {name!r} is taken by {'.'.join(_place(known))}")
         module_class.config_class = config_class
         OPERATORS[name] = module_class
         return module_class
 
     return add
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """Where a class is defined."""
+    return cls.__module__, cls.__qualname__
 
 
 def parse_operator(text: str) -> OperatorConfig:
@@ -208,21 +220,31 @@ def parse_operator(text: str) -> OperatorConfig:
         raise ValueError(f"operator {text!r}: expected 'name' or 'name(field=value,…)'")
     name, arguments = match[1], match[2] or ""
     if name not in OPERATORS:
-        raise ValueError(f"operator {name!r} is unknown; known: {', '.join(sorted(OPERATORS))}")
+        known = ", ".join(sorted(OPERATORS))
+        raise ValueError(
+            f"operator {name!r} is unknown; known: {known}; one of your own comes with plugins=[…]"
+        )
     config_class = OPERATORS[name].config_class
     types = get_type_hints(config_class)
-    known = {field.name: types[field.name] for field in fields(config_class)}
+    allowed = {field.name: types[field.name] for field in fields(config_class)}
     values: dict[str, Any] = {}
     for argument in filter(None, (part.strip() for part in arguments.split(","))):
         key, _, value = (part.strip() for part in argument.partition("="))
-        if key not in known:
-            raise ValueError(f"{name}: unknown field {key!r}; known: {', '.join(known)}")
+        if key not in allowed:
+            raise ValueError(f"{name}: unknown field {key!r}; known: {', '.join(allowed)}")
         try:
-            values[key] = _coerce(ast.literal_eval(value), known[key])
+            values[key] = _read(value, allowed[key])
         except (ValueError, SyntaxError, TypeError):
-            expected = getattr(known[key], "__name__", str(known[key]))
+            expected = getattr(allowed[key], "__name__", str(allowed[key]))
             raise ValueError(f"{name}.{key}: expected {expected}, got {value!r}") from None
     return config_class(**values)
+
+
+def _read(text: str, expected: Any) -> Any:
+    """The value that a text stands for; a string may come without its quotes."""
+    if expected is str and text.isidentifier():
+        return text
+    return _coerce(ast.literal_eval(text), expected)
 
 
 def _coerce(value: Any, expected: Any) -> Any:

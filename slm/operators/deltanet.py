@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm.kernels.chunking import accumulation_dtype
 from slm.kernels.convolution import causal_convolution, causal_convolution_step, new_tail
-from slm.kernels.delta_rule import chunk_delta_rule, delta_rule_step
+from slm.kernels.delta_rule import delta_rule, delta_rule_step
 from slm.operators.base import (
     Operator,
     OperatorConfig,
@@ -23,6 +22,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
+from slm.operators.parts import unit
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DeltaNet(Operator):
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             beta = beta * is_real.unsqueeze(-1)
-        y, matrix = chunk_delta_rule(q, k, v, beta, matrix, sequence.documents)
+        y, matrix = delta_rule(q, k, v, beta, matrix, sequence.documents)
         memory = Recurrence(
             matrix, new_tail(inputs, tail, self.config.conv_width, sequence.lengths)
         )
@@ -117,14 +117,9 @@ class DeltaNet(Operator):
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (of unit length, fp32) and v [..., H, K] of the convolution's output."""
         qk, v = F.silu(mixed).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=-3)
-        q, k = _unit(qk).unbind(-3)
+        q, k = unit(qk).unbind(-3)
         return q, k, v.squeeze(-3)
 
     def _output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Norm of each head and projection of y [..., H, K]."""
         return self.o_proj(self.o_norm(y).to(dtype).flatten(-2))
-
-
-def _unit(x: Tensor) -> Tensor:
-    x = x.to(accumulation_dtype(x))
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

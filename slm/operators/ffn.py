@@ -1,4 +1,4 @@
-"""The feed-forward network: SwiGLU (Shazeer 2020).
+"""The feed-forward network: SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021).
 
 Letters: B rows, T tokens, D width.
 """
@@ -16,37 +16,47 @@ from slm.operators.base import Operator, OperatorConfig, Sequence, State, regist
 
 @dataclass(frozen=True)
 class FFNConfig(OperatorConfig):
-    """SwiGLU, down(silu(gate(x)) · up(x)).
+    """A feed-forward network.
 
     ratio: hidden width as a multiple of the width, rounded down to `multiple_of`.
     multiple_of: what the hidden width is a multiple of.
+    activation: 'swiglu', down(silu(gate(x)) · up(x)), or 'relu2', down(relu(up(x))²).
     """
 
     name: ClassVar[str] = "ffn"
 
     ratio: float = 3.0
     multiple_of: int = 32
+    activation: str = "swiglu"
 
     def problems(self, width: int) -> list[str]:
         """Why this operator cannot be built at this width; empty when it can."""
+        found = []
         if self.multiple_of < 1:
-            return [f"ffn.multiple_of: must be > 0, got {self.multiple_of}"]
-        if self.hidden(width) < 1:
+            found.append(f"ffn.multiple_of: must be > 0, got {self.multiple_of}")
+        elif self.hidden(width) < 1:
             least = self.multiple_of / width
-            return [f"ffn.ratio: must be >= {least:g} at width {width}, got {self.ratio}"]
-        return []
+            found.append(f"ffn.ratio: must be >= {least:g} at width {width}, got {self.ratio}")
+        if self.activation not in ("swiglu", "relu2"):
+            found.append(f"ffn.activation: must be 'swiglu' or 'relu2', got {self.activation!r}")
+        return found
 
     def hidden(self, width: int) -> int:
         """The hidden width."""
         return int(self.ratio * width) // self.multiple_of * self.multiple_of
 
+    @property
+    def num_inner(self) -> int:
+        """Hidden vectors that are read from the stream: gate and up, or up alone."""
+        return 2 if self.activation == "swiglu" else 1
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
-        return 3 * width * self.hidden(width)
+        return (self.num_inner + 1) * width * self.hidden(width)
 
     def flops_per_token(self, width: int, context: int) -> float:
-        """Three projections."""
-        return 6.0 * width * self.hidden(width)
+        """The projections."""
+        return 2.0 * self.parameters(width)
 
     def state_bytes(self, width: int, context: int, bytes_per_value: int) -> int:
         """Nothing is remembered."""
@@ -55,7 +65,7 @@ class FFNConfig(OperatorConfig):
 
 @register(FFNConfig)
 class FFN(Operator):
-    """SwiGLU feed-forward network; see `FFNConfig`."""
+    """Feed-forward network; see `FFNConfig`."""
 
     reads = ("gate_up_proj.weight",)
     writes = ("down_proj.weight",)
@@ -63,19 +73,24 @@ class FFN(Operator):
     def __init__(self, config: FFNConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.gate_up_proj = nn.Linear(width, 2 * config.hidden(width), bias=False)
-        self.down_proj = nn.Linear(config.hidden(width), width, bias=False)
+        hidden = config.hidden(width)
+        self.gate_up_proj = nn.Linear(width, config.num_inner * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def scan(self, x: Tensor, sequence: Sequence, start: None) -> tuple[Tensor, None]:
         """See `Operator.scan`."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up), None
+        return self._mix(x), None
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """See `Operator.step`."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self._mix(x)
 
     def init_state(self, batch_size: int, max_tokens: int) -> State:
         """An empty state."""
         return State()
+
+    def _mix(self, x: Tensor) -> Tensor:
+        if self.config.activation == "relu2":
+            return self.down_proj(F.relu(self.gate_up_proj(x)).square())
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

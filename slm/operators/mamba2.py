@@ -5,7 +5,6 @@ Letters: B rows, T tokens, D width, I inner width, H heads, P head size, N state
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.kernels.convolution import causal_convolution, causal_convolution_step, new_tail
-from slm.kernels.ssd import chunk_ssd, ssd_step
+from slm.kernels.ssd import ssd, ssd_step
 from slm.operators.base import (
     Operator,
     OperatorConfig,
@@ -23,6 +22,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
+from slm.operators.parts import reset_step_sizes
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class Mamba2(Operator):
         """A uniform in [1, 16], D one, and step sizes log-uniform in [0.001, 0.1]."""
         self.A_log.uniform_(1.0, 16.0).log_()
         self.D.fill_(1.0)
-        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
-        # The inverse of softplus.
-        dt.add_(torch.log(-torch.expm1(-dt)))
+        reset_step_sizes(self.dt_bias)
 
     def scan(
         self, x: Tensor, sequence: Sequence, start: Recurrence | None
@@ -127,7 +125,7 @@ class Mamba2(Operator):
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             dt = dt * is_real.unsqueeze(-1)
-        y, matrix = chunk_ssd(
+        y, matrix = ssd(
             q, k, v * dt.unsqueeze(-1), -dt * self.A_log.exp(), matrix, sequence.documents
         )
         memory = Recurrence(

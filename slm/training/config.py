@@ -12,6 +12,8 @@ from pydantic import Field
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.model_config import ModelConfig
+from slm.plugins import plugin_digests
+from slm.runtime import RuntimeConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -92,7 +94,7 @@ class LoggerConfig:
 
 
 @schema
-class TrainConfig:
+class TrainConfig(RuntimeConfig):
     """One training run.
 
     name: names the run's folder.
@@ -110,6 +112,12 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     init_from: Path | None = None
     resume: Literal["auto", "never"] = "auto"
+
+    @property
+    def device_type(self) -> str:
+        """'cuda' or 'cpu': where the model runs."""
+        chosen = self.trainer.accelerator
+        return super().device_type if chosen == "auto" else chosen
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, flat: {'optimizer.lr': 0.001, …}.
@@ -132,6 +140,7 @@ class TrainConfig:
         kept["trainer"] = {key: values["trainer"][key] for key in decisive_trainer}
         # Where prepared data lies decides nothing.
         kept["data"].pop("cache_dir", None)
+        kept["plugins"] = plugin_digests()
         return _flatten(kept)
 
 

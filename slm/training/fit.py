@@ -28,6 +28,7 @@ from lightning.pytorch.loggers import Logger
 from slm.config import ConfigError
 from slm.data import PackedCorpus, prepare
 from slm.data.datamodule import PackedDataModule
+from slm.kernels.backend import set_backend
 from slm.model import LanguageModel
 from slm.training.callbacks import Checkpoints, Validation
 from slm.training.checkpoint import (
@@ -36,7 +37,7 @@ from slm.training.checkpoint import (
     load_checkpoint,
     read_checkpoint,
 )
-from slm.training.config import TrainConfig, TrainerConfig
+from slm.training.config import TrainConfig
 from slm.training.files import write_atomically
 from slm.training.metrics import Metrics, MetricsFile
 from slm.training.module import TrainingModule
@@ -88,6 +89,7 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
     shutil.copyfile(corpus.tokenizer_path, run_dir / TOKENIZER_FILE)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
+    set_backend(config.backend)
     model = _build_model(config, corpus)
     # From step 0 the file is begun anew: rows of a run that never saved are not this run's.
     MetricsFile(run_dir / METRICS_FILE).rewind(resumed_step)
@@ -134,7 +136,7 @@ def _train(
         seed=config.seed,
     )
     with _quiet(), _loggers(config, run_dir) as loggers:
-        trainer = _trainer(settings, [timer, metrics, validation, checkpoints], loggers)
+        trainer = _trainer(config, [timer, metrics, validation, checkpoints], loggers)
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -185,15 +187,13 @@ def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
     return model.train()
 
 
-def _trainer(settings: TrainerConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
-    accelerator = settings.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cuda":
+def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
+    settings = config.trainer
+    if config.device_type == "cuda":
         # TF32 for what is left in float32.
         torch.set_float32_matmul_precision("high")
     return L.Trainer(
-        accelerator=accelerator,
+        accelerator=config.device_type,
         devices=settings.devices,
         max_steps=settings.max_steps,
         max_epochs=-1,

@@ -21,12 +21,15 @@ def build_optimizer(
 ) -> tuple[Optimizer, LambdaLR]:
     """Optimizer of `model`, and its schedule, to be stepped once per optimizer step.
 
-    Only matrices decay: not norms, biases, convolutions and the like. With `config.weight_norm`
+    Only matrices decay: not norms, biases, convolutions and the like, nor the rates A at which
+    states decay, which Mamba has one of per channel and state. With `config.weight_norm`
     the model is projected at once and after each step. `time_used` gives the fraction of a time
     budget that is used up; the cosine follows it when it runs ahead of the steps.
     """
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim == 2 and not name.endswith("A_log")
+        (matrices if decays else others).append(parameter)
     kind = AdamW if config.name == "adamw" else Adam
     optimizer = kind(
         [

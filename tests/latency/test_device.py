@@ -17,7 +17,16 @@ def test_key_changes_with_the_thread_count():
 
 @pytest.mark.parametrize(
     "field",
-    ["model", "limit", "driver", "torch_version", "triton_version", "fla_version", "kernel_hash"],
+    [
+        "model",
+        "limit",
+        "driver",
+        "torch_version",
+        "triton_version",
+        "fla_version",
+        "kernel_hash",
+        "backend",
+    ],
 )
 def test_key_changes_with_each_part_of_the_identity(device, field):
     assert replace(device, **{field: "other"}).key != device.key

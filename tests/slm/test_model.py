@@ -12,8 +12,19 @@ from slm.model import LanguageModel
 OPERATORS = {
     "attention": "attention(head_dim=16,query_groups=2,qk_norm=True)",
     "window": "attention(head_dim=16,window=7)",
+    "pinned": "attention(head_dim=16,window=7,pinned_tokens=5,rope_ntk=4.0)",
+    "pinned_text": "attention(head_dim=16,window=7,pinned_tokens=9)",
+    "mamba": "mamba(state_size=4)",
     "mamba2": "mamba2(head_dim=16,state_size=8)",
+    "linear_attention": "linear_attention(head_dim=16)",
+    "linear_attention_elu": "linear_attention(head_dim=16,feature_map='elu')",
+    "gla": "gla(head_dim=16)",
     "deltanet": "deltanet(head_dim=16)",
+    "gated_deltanet": "gated_deltanet(head_dim=16,expand_v=1.5)",
+    "rwkv7": "rwkv7(head_dim=16)",
+    "kda": "kda(head_dim=16)",
+    "short_convolution": "short_convolution(conv_width=4)",
+    "relu2": "attention(head_dim=16) ffn(activation='relu2')",
     "hybrid": "attention(head_dim=16) ffn mamba2(state_size=8) deltanet(head_dim=8) ffn "
     "attention(head_dim=16,window=9)",
 }
@@ -27,12 +38,18 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     model = LanguageModel(
         Architecture.parse(f"width=32 vocab_size=60 meta_tokens={meta_tokens} | {OPERATORS[name]}")
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Large enough for every operator to matter in the logits.
-            if parameter.dim() > 1:
-                parameter.mul_(6.0)
+    enlarge(model)
     return model
+
+
+@torch.no_grad()
+def enlarge(model: LanguageModel) -> None:
+    """Make weights large enough for every operator to matter in the logits."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+            parameter.mul_(6.0)
 
 
 @pytest.fixture
@@ -141,6 +158,7 @@ def test_meta_tokens_are_seen_from_every_document(tokens: Tensor) -> None:
         model = LanguageModel(
             Architecture.parse(f"width=32 vocab_size=60 meta_tokens=5 | {text} {text}")
         )
+        enlarge(model)
         logits = model(tokens[:, :4])
         (gradient,) = torch.autograd.grad(logits.square().sum(), model.meta_tokens)
         assert (gradient.abs().sum(-1) > 0).all(), text

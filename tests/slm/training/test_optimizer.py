@@ -16,7 +16,7 @@ from slm.training.optimizer import build_optimizer, lr_factor
 
 def small_model() -> LanguageModel:
     torch.manual_seed(1)
-    operators = "mamba2(head_dim=16,state_size=8) ffn deltanet(head_dim=16)"
+    operators = "mamba2(head_dim=16,state_size=8) ffn deltanet(head_dim=16) mamba(state_size=4)"
     return LanguageModel(Architecture.parse(f"width=32 vocab_size=40 meta_tokens=1 | {operators}"))
 
 
@@ -45,6 +45,8 @@ def test_equals_torch(name: str) -> None:
     decayed += [f"layers.0.operator.{part}_proj.weight" for part in ("in", "out")]
     decayed += [f"layers.1.operator.{part}_proj.weight" for part in ("gate_up", "down")]
     decayed += [f"layers.2.operator.{part}_proj.weight" for part in ("qkv", "beta", "o")]
+    decayed += [f"layers.3.operator.{part}_proj.weight" for part in ("in", "x", "out")]
+    decayed += ["layers.3.operator.dt_weight"]
     named = dict(theirs.named_parameters())
     groups = [
         {"params": [named[key] for key in decayed], "weight_decay": decay},

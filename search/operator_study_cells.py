@@ -1,0 +1,183 @@
+"""The cells of an operator study: one measurement, or one training with one seed.
+
+A cell is stored as a file of its own the moment it is known, so that a study which was stopped,
+however, goes on with the next one. A cell that failed holds `error`, its reason; delete its file to
+try it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.run_folder import write_json
+from search.study import flatten
+from search.worker import Report
+from slm.config import ConfigError
+
+if TYPE_CHECKING:
+    from latency.timer import Protocol
+    from latency.workload import Workload
+    from search.proxy import ProxyConfig
+    from slm.data import PackedCorpus
+    from slm.data.cloze import ClozeItem
+    from slm.model import LanguageModel
+    from slm.runtime import Runtime
+
+Cell = dict[str, Any]
+
+CLOZE_BATCH_SIZE = 64
+# Every model answers the same questions.
+CLOZE_SEED = 0
+
+
+class CellStore:
+    """The cells and facts of the study in a folder."""
+
+    def __init__(self, folder: Path, name: str, identity: Mapping[str, Any]) -> None:
+        """Open a study's folder, or make it.
+
+        identity: what must be the same for cells to be comparable. Raises ConfigError, saying what
+        differs, if the study was made with another one.
+        """
+        self._cells = folder / "cells"
+        self._cells.mkdir(parents=True, exist_ok=True)
+        wanted = flatten(identity)
+        stored = flatten(self.settle("identity", wanted))
+        problems = [
+            f"{key}: the study '{name}' was made with {stored.get(key)!r}, now it is "
+            f"{wanted.get(key)!r}; choose another name, or the old value"
+            for key in stored | wanted
+            if stored.get(key) != wanted.get(key)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def settle(self, key: str, value: Cell) -> Cell:
+        """Store a cell unless it is known; the cell as stored."""
+        path = self._path(key)
+        if not path.exists():
+            write_json(path, value)
+        cell: Cell = json.loads(path.read_text(encoding="utf-8"))
+        return cell
+
+    def get(self, key: str) -> Cell | None:
+        """A cell, or None if it is not known yet."""
+        path = self._path(key)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _path(self, key: str) -> Path:
+        return self._cells / f"{key}.json"
+
+
+@dataclass(frozen=True)
+class CellEvaluator:
+    """Makes cells in a worker process; architectures are given as their canonical text.
+
+    runtime: of the study, for the worker process.
+    corpus_folder: of the packed corpus.
+    latency_threads, training_threads: CPU threads; None: torch's choice.
+    """
+
+    runtime: Runtime
+    corpus_folder: Path
+    workload: Workload
+    protocol: Protocol
+    proxy: ProxyConfig
+    cloze_items: int
+    latency_threads: int | None
+    training_threads: int | None
+
+    def yardstick(self, report: Report) -> Cell:
+        """How long the request that runs beside every measurement takes now."""
+        from latency.device import Device
+        from latency.profile import profile
+        from latency.request import REFERENCE, REFERENCE_WORKLOAD
+
+        self.runtime.apply()
+        device = Device.current(threads=self.latency_threads)
+        result = profile(REFERENCE, REFERENCE_WORKLOAD, device, self.protocol)
+        return {"reference_ms": result.reference_ms.median_ms}
+
+    def measure(self, text: str, reference_ms: float, report: Report) -> Cell:
+        """Latencies of the whole model, freshly initialised, by the decoder that users call.
+
+        reference_ms: the yardstick. Times are brought to the machine speed at which it was taken,
+        so that models measured an hour apart compare.
+        """
+        from latency.device import Device
+        from latency.profile import profile
+        from slm.architecture import Architecture
+
+        self.runtime.apply()
+        device = Device.current(threads=self.latency_threads)
+        result = profile(Architecture.parse(text), self.workload, device, self.protocol)
+        scale = result.request_per_reference * reference_ms / result.request_ms.median_ms
+        cell: Cell = {
+            "architecture": text,
+            "is_quiet": result.request_ms.quiet,
+            "has_converged": result.request_ms.converged,
+            "raw_ms": result.request_ms.median_ms,
+            "state_bytes": result.state_bytes,
+        }
+        for name, time in (
+            ("latency", result.request_ms),
+            ("ttft", result.ttft_ms),
+            ("tpot", result.tpot_ms),
+        ):
+            cell[f"{name}_ms"] = scale * time.median_ms
+            cell[f"{name}_low_ms"] = scale * time.low_ms
+            cell[f"{name}_high_ms"] = scale * time.high_ms
+        return cell
+
+    def train(self, text: str, seed: int, report: Report) -> Cell:
+        """Proxy training with a seed, and the word cloze; `right` has a 1 per right answer."""
+        import torch
+
+        from search.proxy import train_proxy
+        from slm.architecture import Architecture
+        from slm.data import PackedCorpus
+        from slm.evaluation import bits_per_byte
+
+        self.runtime.apply()
+        if self.training_threads is not None:
+            torch.set_num_threads(self.training_threads)
+        corpus = PackedCorpus.open(self.corpus_folder)
+        tokens = self.proxy.rung_tokens[0]
+        model, result = train_proxy(
+            Architecture.parse(text), corpus, self.proxy, tokens=tokens, seed=seed, report=report
+        )
+        return {
+            "architecture": text,
+            "seed": seed,
+            **asdict(result),
+            "bits_per_byte": bits_per_byte(result.loss, corpus.validation),
+            "right": self._answer(model, corpus),
+        }
+
+    def _answer(self, model: LanguageModel, corpus: PackedCorpus) -> str:
+        """Which questions of the cloze are answered right, '0110…'."""
+        from slm.data.tokenizer import load_tokenizer
+        from slm.evaluation import cloze_answers
+
+        items = _questions(self.corpus_folder, self.cloze_items)
+        if not items:
+            return ""
+        tokenizer = load_tokenizer(corpus.tokenizer_path)
+        right = cloze_answers(model, tokenizer, items, CLOZE_BATCH_SIZE)
+        return "".join(str(int(each)) for each in right)
+
+
+@cache
+def _questions(corpus_folder: Path, num_items: int) -> list[ClozeItem]:
+    """The questions, made once per process."""
+    from slm.data import PackedCorpus
+    from slm.data.cloze import build_cloze
+
+    if num_items == 0:
+        return []
+    return build_cloze(PackedCorpus.open(corpus_folder), num_items, CLOZE_SEED)

@@ -1,0 +1,158 @@
+"""The selective scan of Mamba: a diagonal state space whose step size, input and output vary.
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t,    y_t = h_t C_t
+
+Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces".
+
+Letters: B rows, T tokens, I channels, N state size, C chunks, L tokens per chunk.
+x, dt (Δ) [B, T, I]; A [I, N], < 0; B, C [B, T, N]; states [B|1, I, N].
+Everything is computed, and the state kept, in at least fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slm.kernels.chunking import accumulation_dtype, initial_state
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By chunks, compiled on CUDA: fla has no such kernel. With `documents` [B, T] each begins
+    with `start`.
+
+    Returns (y [B, T, I], the state after each row's last token).
+    """
+    run = _compiled() if x.is_cuda else chunk_selective_scan
+    return run(x, dt, A, B, C, start, documents)
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(chunk_selective_scan)
+
+
+def recurrent_selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token by token, as the recurrence is written. Returns (y [B, T, I], final state)."""
+    x, dt, A, B, C = (y.to(accumulation_dtype(y)) for y in (x, dt, A, B, C))
+    state = initial_state(start, (len(x), *A.shape), like=x)
+    outputs = []
+    for t in range(x.shape[1]):
+        write = torch.einsum("bi,bn->bin", dt[:, t] * x[:, t], B[:, t])
+        state = (dt[:, t, :, None] * A).exp() * state + write
+        outputs.append(torch.einsum("bin,bn->bi", state, C[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+def chunk_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Tensor | None = None,
+    documents: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """All chunks at once, token by token: L steps on tensors of C chunks instead of T small ones.
+
+    Each channel decays at N rates of its own, so there is no product of matrices to be had.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (y.to(accumulation_dtype(y)) for y in (x, dt, A, B, C))
+        batch_size, num_tokens = x.shape[:2]
+        chunk_size = min(chunk_size, num_tokens)
+        padding = -num_tokens % chunk_size
+
+        def split(y: Tensor) -> Tensor:
+            """[B, T, D] -> [L, C, B, D], padded with zeros: a step size of zero changes nothing."""
+            y = F.pad(y, (0, 0, 0, padding)) if padding else y
+            return y.unflatten(1, (-1, chunk_size)).permute(2, 1, 0, 3)
+
+        initial = initial_state(start, (batch_size, *A.shape), like=x)
+        decays = (split(dt).unsqueeze(-1) * A).exp()  # [L, C, B, I, N]
+        writes = split(dt * x).unsqueeze(-1) * split(B).unsqueeze(-2)
+        if documents is not None:
+            opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            opens = split(opens.unsqueeze(-1)).unsqueeze(-1)
+            writes = writes + torch.where(opens, decays * initial, 0.0)
+            decays = decays.masked_fill(opens, 0.0)
+
+        states = _Scan.apply(decays, writes, initial)
+        y = (states @ split(C).unsqueeze(-1)).squeeze(-1)
+        return y.permute(2, 1, 0, 3).flatten(1, 2)[:, :num_tokens], states[-1, -1]
+
+
+def selective_scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> Tensor:
+    """One token: x, dt [B, I], B, C [B, N]. Updates state in place; y [B, I]."""
+    state *= (dt.unsqueeze(-1) * A).exp()
+    state += (dt * x).unsqueeze(-1) * B.unsqueeze(-2)
+    return (state @ C.unsqueeze(-1)).squeeze(-1)
+
+
+class _Scan(torch.autograd.Function):
+    """h_t = d_t h_{t-1} + w_t along chunks of L tokens; all states [L, C, B, I, N].
+
+    They take the place of the writes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decays: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
+        """decays, writes [L, C, B, I, N]; initial [B, I, N]."""
+        ctx.mark_dirty(writes)
+        ends, totals = writes[0].clone(), decays[0].clone()
+        for decay, write in zip(decays[1:], writes[1:], strict=True):
+            ends = torch.addcmul(write, decay, ends)
+            totals *= decay
+        starts = [initial]
+        for end, total in zip(ends[:-1], totals[:-1], strict=True):
+            starts.append(torch.addcmul(end, total, starts[-1]))
+
+        before = torch.stack(starts)
+        ctx.save_for_backward(decays, writes, before)
+        for decay, state in zip(decays, writes, strict=True):
+            before = state.addcmul_(decay, before)
+        return writes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The adjoints a_t = d_{t+1} a_{t+1} + ∂h_t, from the last chunk to the first."""
+        decays, states, starts = ctx.saved_tensors
+        length, num_chunks = decays.shape[:2]
+        begins, totals = gradients[-1], torch.ones_like(starts)
+        for t in reversed(range(length - 1)):
+            begins = torch.addcmul(gradients[t], decays[t + 1], begins)
+            totals *= decays[t + 1]
+        # What each chunk's last state is worth to the chunks after it.
+        after = torch.zeros_like(starts)
+        for c in reversed(range(num_chunks - 1)):
+            begin = torch.addcmul(begins[c + 1], totals[c + 1], after[c + 1])
+            after[c] = decays[0, c + 1] * begin
+
+        adjoints = gradients.clone()
+        adjoints[-1] += after
+        for t in reversed(range(length - 1)):
+            adjoints[t].addcmul_(decays[t + 1], adjoints[t + 1])
+        d_decays = torch.empty_like(decays)
+        torch.mul(adjoints[0], starts, out=d_decays[0])
+        torch.mul(adjoints[1:], states[:-1], out=d_decays[1:])
+        return d_decays, adjoints, decays[0, 0] * adjoints[0, 0]

@@ -1,0 +1,72 @@
+"""flash-linear-attention's own kernels, run by Triton's interpreter, against the chunked forms.
+
+What this checks is how they are called: the order of arguments, layouts, scales, dtypes, documents.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from numerics import relative_rms
+from recurrences import RECURRENCES, make_inputs, with_gradients
+from torch import Tensor
+from triton_interpreter import FIRST, LAST, Interpreter
+
+WITH_KERNEL = [name for name, each in RECURRENCES.items() if each.fla is not None]
+kernels = pytest.mark.parametrize("name", WITH_KERNEL)
+# Tokens: an odd number, over one chunk of the kernels. Sizes: powers of two.
+T, SIZES = 75, {"batch_size": 1, "num_heads": 2, "key_size": 16, "value_size": 16}
+
+
+@pytest.fixture(scope="module", params=[FIRST, LAST], ids=["first tiling", "last tiling"])
+def interpreter(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
+    interpreter = Interpreter(request.param)
+    yield interpreter
+    interpreter.close()
+
+
+def run_kernel(
+    name: str, inputs: list[Tensor], weights: tuple[Tensor, ...], documents: Tensor | None
+) -> list[Tensor]:
+    """What the kernel gives, with every gradient; runs where the interpreter is."""
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote with NaN
+    fla = RECURRENCES[name].fla
+    assert fla is not None
+    return with_gradients(fla, inputs, weights, documents=documents)
+
+
+def assert_agree(
+    interpreter: Interpreter,
+    name: str,
+    dtype: torch.dtype,
+    documents: Tensor | None,
+    tolerance: float,
+) -> None:
+    recurrence = RECURRENCES[name]
+    batch_size = 1 if documents is None else len(documents)
+    inputs = make_inputs(recurrence, T, dtype, **{**SIZES, "batch_size": batch_size})
+    weights = tuple(torch.randn_like(x) for x in recurrence.chunk(*inputs, documents=documents))
+    actual = interpreter.run(run_kernel, name, inputs, weights, documents)
+    wide = [x.float() for x in inputs]
+    expected = with_gradients(recurrence.chunk, wide, weights, documents=documents)
+    names = ["output", "final state", *(f"gradient of {each}" for each in recurrence.names)]
+    assert actual[0].dtype == actual[1].dtype == torch.float32
+    for what, theirs, ours in zip(names, actual, expected, strict=True):
+        assert relative_rms(theirs, ours) < tolerance, what
+
+
+@kernels
+def test_fp32(interpreter: Interpreter, name: str) -> None:
+    assert_agree(interpreter, name, torch.float32, None, 1e-5)
+
+
+@kernels
+def test_bf16(interpreter: Interpreter, name: str) -> None:
+    assert_agree(interpreter, name, torch.bfloat16, None, 2e-2)
+
+
+@kernels
+def test_documents(interpreter: Interpreter, name: str) -> None:
+    begins = torch.zeros(2, T, dtype=torch.int64)
+    begins[0, [1, 30]] = begins[1, 64] = 1
+    assert_agree(interpreter, name, torch.float32, begins.cumsum(1), 1e-5)

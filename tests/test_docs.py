@@ -1,0 +1,220 @@
+"""The pages of docs/: the operator that they show is right, and their commands run."""
+
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import relative_rms
+from pages import page_blocks, page_commands
+from torch import Tensor
+
+from slm.architecture import Architecture
+from slm.model import LanguageModel
+from slm.operators import OPERATORS, Sequence, parse_operator
+from slm.plugins import load_plugins
+
+WIDTH, T = 16, 90
+
+# What is added to each command, so that it takes seconds.
+TEXT = ["data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer.vocab_size=300"]
+PROTOCOL = ["protocol.max_seconds=0.01", "protocol.warmup_rounds=1", "protocol.max_rounds=6"]
+WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
+TINY = {
+    "train.py": [
+        *(*TEXT, "trainer=cpu_small", "trainer.max_steps=2", "trainer.validation_tokens=128"),
+        *("trainer.batch_size=2", "trainer.sequence_tokens=16"),
+    ],
+    "latency": [*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64"],
+    "search": [
+        *(*TEXT, *PROTOCOL, *WORKLOAD, "target_ms=1e6", "num_candidates=3", "cloze_items=5"),
+        *("evolution.initial_candidates=3", "evolution.population_size=3"),
+        *("evolution.sample_size=2", "proxy.rung_tokens=[64]", "proxy.batch_size=4"),
+        *("proxy.sequence_tokens=8", "proxy.validation_tokens=128", "training_threads=1"),
+    ],
+    "slm.generate": ["new_tokens=4", "device=cpu"],
+    "slm.hub.export": ["new_tokens=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def page(root: Path) -> Path:
+    return root / "docs" / "own_operator.md"
+
+
+@pytest.fixture(scope="module")
+def folder(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a person has saved the files that the page shows, and a text."""
+    folder = tmp_path_factory.mktemp("docs")
+    (source,), (space,) = page_blocks(page, "python"), page_blocks(page, "yaml")
+    (folder / "moving_average.py").write_text(source)
+    (folder / "mine" / "space").mkdir(parents=True)
+    (folder / "mine" / "space" / "averages.yaml").write_text(space)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 7))) for _ in range(60)]
+    sentences = [" ".join(rng.choices(words, k=8)) + "." for _ in range(3000)]
+    documents = [" ".join(sentences[i : i + 30]) for i in range(0, 3000, 30)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    return folder
+
+
+@pytest.fixture
+def _plugin(folder: Path, _no_plugins: None) -> None:
+    load_plugins([str(folder / "moving_average.py")])
+
+
+@torch.no_grad()
+def build(meta_tokens: int = 5) -> LanguageModel:
+    text = f"width={WIDTH} vocab_size=60 meta_tokens={meta_tokens} | moving_average ffn"
+    model = LanguageModel(Architecture.parse(f"{text} moving_average(slowness=0.5)")).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(6.0)
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(60, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_the_operator_computes_what_the_page_says() -> None:
+    """Against the sum that the recurrence stands for, in float64."""
+    config = parse_operator("moving_average")
+    operator = OPERATORS["moving_average"](config, WIDTH).double()
+    x = torch.randn(2, T, WIDTH, dtype=torch.float64)
+    value, rate, gate = operator.in_proj(x).chunk(3, dim=-1)
+    rate = torch.nn.functional.softplus(rate - 2.0)
+    total = rate.cumsum(1)
+    between = (total.unsqueeze(2) - total.unsqueeze(1)).exp()  # [B, from, to, D]
+    causal = torch.ones(T, T, dtype=torch.float64).triu()
+    h = torch.einsum("bstd,st,bsd->btd", between, causal, rate * value)
+    expected = operator.out_proj(h * torch.nn.functional.silu(gate))
+    y, memory = operator.scan(x, Sequence(), None)
+    assert relative_rms(y, expected) < 1e-6
+    assert relative_rms(memory.matrix.squeeze(-1), h[:, -1]) < 1e-6
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_the_operator_costs_what_the_page_says() -> None:
+    model = build()
+    assert model.architecture.parameters() == sum(p.numel() for p in model.parameters())
+    operator = model.layers[0].operator
+    buffers = operator.init_state(batch_size=1, max_tokens=T).tensors()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+    assert operator.config.state_bytes(WIDTH, T, bytes_per_value=2) == size
+
+
+@pytest.mark.usefixtures("_plugin")
+@pytest.mark.parametrize("meta_tokens", [0, 5])
+@pytest.mark.parametrize("prompt", [1, 70])
+@torch.no_grad()
+def test_prefill_and_steps_equal_forward(tokens: Tensor, meta_tokens: int, prompt: int) -> None:
+    model = build(meta_tokens)
+    expected = model(tokens)
+    state = model.init_state(batch_size=2, max_tokens=T)
+    assert relative_rms(model.prefill(tokens[:, :prompt], state), expected[:, prompt - 1]) < 1e-5
+    for t in range(prompt, T):
+        assert relative_rms(model.step(tokens[:, t], state), expected[:, t]) < 1e-5
+
+
+@pytest.mark.usefixtures("_plugin")
+@pytest.mark.parametrize("meta_tokens", [0, 5])
+@torch.no_grad()
+def test_packed_equals_separate(tokens: Tensor, meta_tokens: int) -> None:
+    model = build(meta_tokens)
+    cuts = [0, 1, 33, 64, 65, T]
+    lengths = torch.tensor(cuts).diff()
+    documents = torch.arange(len(lengths)).repeat_interleave(lengths).expand(2, -1)
+    separate = [model(tokens[:, start:end]) for start, end in itertools.pairwise(cuts)]
+    assert relative_rms(model(tokens, documents), torch.cat(separate, dim=1)) < 1e-5
+
+
+@pytest.mark.usefixtures("_plugin")
+@torch.no_grad()
+def test_padding_is_not_remembered(tokens: Tensor) -> None:
+    model = build()
+    lengths = torch.tensor([40, 70])
+    state = model.init_state(batch_size=2, max_tokens=T)
+    model.prefill(tokens[:, :70], state, lengths)
+    following = model.step(tokens[:, -1], state)
+    for row, length in enumerate(lengths):
+        alone = torch.cat([tokens[row, :length], tokens[row, -1:]])
+        assert relative_rms(following[row], model(alone[None])[0, -1]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def outputs(root: Path, page: Path, folder: Path) -> list[tuple[str, str]]:
+    """Every command of the page, with what it printed."""
+    found = []
+    for command in page_commands(page):
+        chosen = folder / "runs" / "averages" / "frontier" / "chosen"
+        words = shlex.split(
+            command.replace("<digest>", chosen.read_text().strip() if chosen.exists() else "")
+        )
+        program = words[2] if words[1] == "-m" else words[1]
+        start = ["-m", program] if words[1] == "-m" else [str(root / program)]
+        arguments = [*words[1 + len(start) :], *TINY[program]]
+        done = run(root, folder, *start, *arguments)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        found.append((program, done.stdout))
+    return found
+
+
+def run(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        # A lock of its own: the command does not wait for what else runs on this machine.
+        "TMPDIR": str(folder),
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_commands_do_what_the_page_says(
+    root: Path, folder: Path, outputs: list[tuple[str, str]]
+) -> None:
+    assert [program for program, _ in outputs] == [
+        *("train.py", "latency", "search", "train.py", "slm.generate", "slm.hub.export")
+    ]
+    printed = dict(outputs)
+    runs = folder / "runs"
+    assert "moving_average" in json.loads((runs / "mine/result.json").read_text())["architecture"]
+    breakdown = json.loads((runs / "latency/latency.json").read_text())["breakdown"]
+    assert any("moving_average" in row["name"] for row in breakdown)
+    candidates = json.loads((runs / "averages/candidates.json").read_text())
+    assert [row["state"] for row in candidates] == ["scored"] * 3
+    assert any("moving_average" in row["architecture"] for row in candidates)
+    assert "'plugins=[moving_average.py]'" in printed["search"]
+    chosen = (runs / "averages/frontier/chosen").read_text().strip()
+    assert json.loads((runs / "winner/result.json").read_text())["digest"] == chosen
+    assert printed["slm.generate"].startswith("ROMEO")
+    # The export has been loaded where this package cannot be imported.
+    assert json.loads((runs / "mine/export.json").read_text())["cached_equals_uncached"]
+    copied = (runs / "mine/export/moving_average.py").read_text()
+    assert "from .slm_operators_base import" in copied
+
+    # "change the file, and the same command says that it is another run"
+    (folder / "moving_average.py").write_text((folder / "moving_average.py").read_text() + "\n")
+    again = run(
+        root,
+        folder,
+        str(root / "train.py"),
+        *("plugins=[moving_average.py]", "model.blocks.A.operators=[moving_average,ffn]"),
+        *("name=mine", *TINY["train.py"]),
+    )
+    assert again.returncode == 2
+    assert re.match(
+        r"error: plugins.moving_average: '.*' was begun with '\w+', not '", again.stderr
+    )
