@@ -87,7 +87,7 @@ def _runs_triton(device_type: str) -> bool:
 
 def fla_function(module: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function of flash-linear-attention, which is imported when it is first needed."""
-    return getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    return getattr(importlib.import_module(f"fla.{module}"), name)
 
 
 def run_fla(
@@ -97,29 +97,44 @@ def run_fla(
     documents: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Call a function of fla on rows [B, T, ...], every document beginning with `start` [B|1, ...].
+    """Call a recurrence of fla on rows [B, T, ...]; documents begin with `start` [B|1, ...].
 
     Returns (o [B, T, ...], the state after each row's last token), both in at least fp32.
     """
-    first = next(iter(inputs.values()))
-    batch_size, num_tokens = first.shape[:2]
+    # fla insists on fp32 states.
+    start = None if start is None else start.float()
+    begins = None
+    if documents is not None:
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    o, final = run_fla_packed(function, inputs, start, begins, output_final_state=True, **options)
+    if begins is not None:
+        final = final[begins.sum(dim=1).cumsum(dim=0) - 1]
+    return o.float(), final
+
+
+def run_fla_packed(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    start: Tensor | None,
+    begins: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Call a function of fla on rows [B, T, ...] with documents that begin where `begins` [B, T].
+
+    Returns what it gives: (o [B, T, ...], the last state of every document, of every row without).
+    """
+    batch_size, num_tokens = next(iter(inputs.values())).shape[:2]
     if start is not None:
-        # fla insists on fp32 states.
-        start = start.float().expand(batch_size, *start.shape[1:])
-    if documents is None:
+        start = start.expand(batch_size, *start.shape[1:])
+    if begins is None:
         start = None if start is None else start.contiguous()
         inputs = {name: x.contiguous() for name, x in inputs.items()}
-        o, final = function(**inputs, initial_state=start, output_final_state=True, **options)
-        return o.float(), final
+        return function(**inputs, initial_state=start, **options)
 
     # fla takes documents as one long row and the places where they begin.
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     place = begins.flatten().nonzero().squeeze(1)
     cu_seqlens = F.pad(place, (0, 1), value=batch_size * num_tokens)
     start = None if start is None else start[place // num_tokens]
     packed = {name: x.flatten(0, 1).unsqueeze(0).contiguous() for name, x in inputs.items()}
-    o, final = function(
-        **packed, initial_state=start, output_final_state=True, cu_seqlens=cu_seqlens, **options
-    )
-    last_of_row = begins.sum(dim=1).cumsum(dim=0) - 1
-    return o.unflatten(1, (batch_size, num_tokens)).squeeze(0).float(), final[last_of_row]
+    o, final = function(**packed, initial_state=start, cu_seqlens=cu_seqlens, **options)
+    return o.unflatten(1, (batch_size, num_tokens)).squeeze(0), final

@@ -89,9 +89,9 @@ def fla_delta_rule(
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
     inputs = {"q": q, "k": k, "v": v, "beta": beta}
     if v.dtype != torch.float32:
-        return run_fla(fla_function("delta_rule", "chunk_delta_rule"), inputs, start, documents)
+        return run_fla(fla_function("ops.delta_rule", "chunk_delta_rule"), inputs, start, documents)
     inputs["g"] = torch.zeros_like(beta)
-    function = fla_function("gated_delta_rule", "chunk_gated_delta_rule")
+    function = fla_function("ops.gated_delta_rule", "chunk_gated_delta_rule")
     return run_fla(function, inputs, start, documents)
 
 

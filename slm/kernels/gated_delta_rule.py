@@ -96,7 +96,7 @@ def fla_gated_delta_rule(
     """By the Triton kernels of fla."""
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
     inputs = {"q": q, "k": k, "v": v, "g": g.float(), "beta": beta}
-    function = fla_function("gated_delta_rule", "chunk_gated_delta_rule")
+    function = fla_function("ops.gated_delta_rule", "chunk_gated_delta_rule")
     return run_fla(function, inputs, start, documents)
 
 

@@ -90,7 +90,7 @@ def fla_gla(
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla."""
     inputs = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, "g": g.float()}
-    return run_fla(fla_function("gla", "chunk_gla"), inputs, start, documents)
+    return run_fla(fla_function("ops.gla", "chunk_gla"), inputs, start, documents)
 
 
 def gla_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def fla_kda(
     """By the Triton kernels of fla."""
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
     inputs = {"q": q, "k": k, "v": v, "g": g.float(), "beta": beta}
-    return run_fla(fla_function("kda", "chunk_kda"), inputs, start, documents)
+    return run_fla(fla_function("ops.kda", "chunk_kda"), inputs, start, documents)
 
 
 def kda_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def fla_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla."""
-    function = fla_function("linear_attn", "chunk_linear_attn")
+    function = fla_function("ops.linear_attn", "chunk_linear_attn")
     q, k = q.to(v.dtype), k.to(v.dtype)
     return run_fla(function, {"q": q, "k": k, "v": v}, start, documents, normalize=False)
 

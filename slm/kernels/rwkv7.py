@@ -122,7 +122,7 @@ def fla_rwkv7(
     """By the Triton kernels of fla, which want all but the decay in one dtype."""
     inputs = {"r": r, "w": w.float(), "k": k, "v": v, "a": a, "b": b}
     inputs = {name: x if name == "w" else x.to(v.dtype) for name, x in inputs.items()}
-    return run_fla(fla_function("rwkv7", "chunk_rwkv7"), inputs, start, documents, scale=1.0)
+    return run_fla(fla_function("ops.rwkv7", "chunk_rwkv7"), inputs, start, documents, scale=1.0)
 
 
 def rwkv7_step(

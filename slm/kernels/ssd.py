@@ -87,7 +87,7 @@ def fla_ssd(
     """By the Triton kernels of fla, which want keys and queries for every head."""
     q, k = (x.to(v.dtype).unsqueeze(2).expand(-1, -1, v.shape[2], -1) for x in (q, k))
     inputs = {"q": q, "k": k, "v": v, "g": g.float()}
-    function = fla_function("simple_gla", "chunk_simple_gla")
+    function = fla_function("ops.simple_gla", "chunk_simple_gla")
     return run_fla(function, inputs, start, documents, scale=1.0)
 
 

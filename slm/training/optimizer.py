@@ -26,7 +26,8 @@ def build_optimizer(
     the model is projected at once and after each step. `time_used` gives the fraction of a time
     budget that is used up; the cosine follows it when it runs ahead of the steps.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decays = parameter.ndim == 2 and not name.endswith("A_log")
         (matrices if decays else others).append(parameter)

@@ -10,7 +10,9 @@ import torch
 from numerics import relative_rms
 from recurrences import RECURRENCES, make_inputs, with_gradients
 from torch import Tensor
-from triton_interpreter import FIRST, LAST, Interpreter
+from triton_interpreter import LAST, Interpreter
+
+from slm.kernels.convolution import fla_causal_convolution, torch_causal_convolution
 
 WITH_KERNEL = [name for name, each in RECURRENCES.items() if each.fla is not None]
 kernels = pytest.mark.parametrize("name", WITH_KERNEL)
@@ -18,9 +20,9 @@ kernels = pytest.mark.parametrize("name", WITH_KERNEL)
 T, SIZES = 75, {"batch_size": 1, "num_heads": 2, "key_size": 16, "value_size": 16}
 
 
-@pytest.fixture(scope="module", params=[FIRST, LAST], ids=["first tiling", "last tiling"])
-def interpreter(request: pytest.FixtureRequest) -> Iterator[Interpreter]:
-    interpreter = Interpreter(request.param)
+@pytest.fixture(scope="module")
+def last_tiling() -> Iterator[Interpreter]:
+    interpreter = Interpreter(LAST)
     yield interpreter
     interpreter.close()
 
@@ -61,6 +63,11 @@ def test_fp32(interpreter: Interpreter, name: str) -> None:
 
 
 @kernels
+def test_another_tiling(last_tiling: Interpreter, name: str) -> None:
+    assert_agree(last_tiling, name, torch.float32, None, 1e-5)
+
+
+@kernels
 def test_bf16(interpreter: Interpreter, name: str) -> None:
     assert_agree(interpreter, name, torch.bfloat16, None, 2e-2)
 
@@ -70,3 +77,33 @@ def test_documents(interpreter: Interpreter, name: str) -> None:
     begins = torch.zeros(2, T, dtype=torch.int64)
     begins[0, [1, 30]] = begins[1, 64] = 1
     assert_agree(interpreter, name, torch.float32, begins.cumsum(1), 1e-5)
+
+
+def run_convolution(inputs: list[Tensor], weight: Tensor, ages: Tensor | None) -> list[Tensor]:
+    """As `run_kernel`, of the short convolution."""
+    torch.use_deterministic_algorithms(True)
+
+    def convolve(*tensors: Tensor) -> tuple[Tensor]:
+        return (fla_causal_convolution(*tensors, ages),)
+
+    return with_gradients(convolve, inputs, (weight,))
+
+
+@pytest.mark.parametrize("has_documents", [True, False])
+@pytest.mark.parametrize("width", [3, 4])
+def test_convolution(interpreter: Interpreter, width: int, has_documents: bool) -> None:
+    x, weight = torch.randn(2, T, 6), torch.randn(2, T, 6)
+    inputs = [x, torch.randn(6, width), torch.randn(6), torch.randn(2, width - 1, 6)]
+    ages = None
+    if has_documents:
+        cuts = torch.tensor([[1, 2, 30, T - 33], [64, 5, 1, T - 70]])
+        ages = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in cuts])
+
+    def convolve(*tensors: Tensor) -> tuple[Tensor]:
+        return (torch_causal_convolution(*tensors, ages),)
+
+    actual = interpreter.run(run_convolution, inputs, weight, ages)
+    expected = with_gradients(convolve, inputs, (weight,))
+    names = ["output", *(f"gradient of {name}" for name in ("x", "weight", "bias", "tail"))]
+    for what, theirs, ours in zip(names, actual, expected, strict=True):
+        assert relative_rms(theirs, ours) < 1e-6, what
