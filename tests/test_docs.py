@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ TINY = {
         *("evolution.initial_candidates=3", "evolution.population_size=3"),
         *("evolution.sample_size=2", "proxy.rung_tokens=[64]", "proxy.batch_size=4"),
         *("proxy.sequence_tokens=8", "proxy.validation_tokens=128", "training_threads=1"),
+    ],
+    "search.operator_study": [
+        *(*TEXT, *PROTOCOL, *WORKLOAD, "parameters=40000", "processes=1", "cloze_items=5"),
+        *("space.num_operators=2", "space.max_width=96", "proxy.rung_tokens=[64]"),
+        *("proxy.batch_size=4", "proxy.sequence_tokens=8", "proxy.validation_tokens=128"),
     ],
     "slm.generate": ["new_tokens=4", "device=cpu"],
     "slm.hub.export": ["new_tokens=4"],
@@ -154,6 +160,11 @@ def test_padding_is_not_remembered(tokens: Tensor) -> None:
 @pytest.fixture(scope="module")
 def outputs(root: Path, page: Path, folder: Path) -> list[tuple[str, str]]:
     """Every command of the page, with what it printed."""
+    return run_page(root, page, folder)
+
+
+def run_page(root: Path, page: Path, folder: Path, *added: str) -> list[tuple[str, str]]:
+    """Run every command of a page; programs, and what they printed."""
     found = []
     for command in page_commands(page):
         chosen = folder / "runs" / "averages" / "frontier" / "chosen"
@@ -162,7 +173,7 @@ def outputs(root: Path, page: Path, folder: Path) -> list[tuple[str, str]]:
         )
         program = words[2] if words[1] == "-m" else words[1]
         start = ["-m", program] if words[1] == "-m" else [str(root / program)]
-        arguments = [*words[1 + len(start) :], *TINY[program]]
+        arguments = [*words[1 + len(start) :], *TINY[program], *added]
         done = run(root, folder, *start, *arguments)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         found.append((program, done.stdout))
@@ -180,6 +191,29 @@ def run(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
+
+
+def test_the_operator_study_gives_what_its_page_says(
+    root: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = root / "docs" / "operator_study.md"
+    few = ['space.operators=[short_convolution,"gla(head_dim=16)"]', "space.partners=[gla]"]
+    # The second command names its own operators, and its seed.
+    run_page(root, page, tmp_path, *few, "seeds=[0]")
+    columns = set(re.findall(r"`(\w+)`", page.read_text().partition("## Columns")[2]))
+    for name in ("operator_study_small", "mine"):
+        study = tmp_path / "runs" / name
+        for ending in ("html", "json", "parquet", "csv"):
+            assert (study / f"operators.{ending}").stat().st_size > 0
+        rows = json.loads((study / "operators.json").read_text())["rows"]
+        assert {row["name"] for row in rows} == {
+            "short_convolution",
+            "gla",
+            "short_convolution + gla",
+        }
+        assert all(row["error"] is None for row in rows)
+        assert columns - {"latency", "parameters"} <= set(rows[0])
 
 
 def test_the_commands_do_what_the_page_says(

@@ -73,6 +73,54 @@ def test_nemotron_flash_is_the_released_one(name: str, parameters: int, layers: 
     assert architecture.tie_embeddings
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "heads", "kv_heads", "in_proj_rows", "channels"),
+    [
+        ("nemotron_flash_1b", 2048, 16, 4, 8512, 4352),
+        ("nemotron_flash_3b", 3072, 24, 6, 12640, 6400),
+    ],
+)
+def test_nemotron_flash_has_the_released_shapes(
+    name: str, width: int, heads: int, kv_heads: int, in_proj_rows: int, channels: int
+) -> None:
+    with torch.device("meta"):
+        model = LanguageModel(architecture_of(f"model={name}"))
+    assert model.embedding.weight.shape == (131072, width)
+    assert model.meta_tokens.shape == (256, width)
+    inner = 2 * width
+    # Matrices that read the same input lie below one another here: q, k, v; gate and up.
+    expected = {
+        "deltanet": {
+            "qkv_proj.weight": (3 * width, width),
+            "o_proj.weight": (width, width),
+            "beta_proj.weight": (heads, width),
+            "convolution.weight": (3 * width, 1, 4),
+            "o_norm.weight": (128,),
+        },
+        "mamba2": {
+            "in_proj.weight": (in_proj_rows, width),
+            "convolution.weight": (channels, 1, 4),
+            "convolution.bias": (channels,),
+            "A_log": (inner // 64,),
+            "D": (inner // 64,),
+            "dt_bias": (inner // 64,),
+            "norm.weight": (inner,),
+            "out_proj.weight": (width, inner),
+        },
+        "attention": {
+            "qkv_proj.weight": (width + 2 * kv_heads * 128, width),
+            "o_proj.weight": (width, width),
+        },
+        "ffn": {
+            "gate_up_proj.weight": (2 * 3 * width, width),
+            "down_proj.weight": (width, 3 * width),
+        },
+    }
+    for layer in model.layers:
+        shapes = {key: tuple(p.shape) for key, p in layer.operator.named_parameters()}
+        assert shapes == expected[layer.operator.config.name]
+
+
 def test_small_models_are_small() -> None:
     tiny, llama = architecture_of("model=tiny"), architecture_of("model=llama_tiny")
     assert 0.8e6 < tiny.parameters() < 1.3e6

@@ -111,48 +111,47 @@ def selective_scan_step(
 class _Scan(torch.autograd.Function):
     """h_t = d_t h_{t-1} + w_t along chunks of L tokens; all states [L, C, B, I, N].
 
-    They take the place of the writes.
+    Nothing is computed in place: `torch.compile` has to see through it.
     """
 
     @staticmethod
     def forward(ctx: Any, decays: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
         """decays, writes [L, C, B, I, N]; initial [B, I, N]."""
-        ctx.mark_dirty(writes)
-        ends, totals = writes[0].clone(), decays[0].clone()
+        end, total = writes[0], decays[0]
         for decay, write in zip(decays[1:], writes[1:], strict=True):
-            ends = torch.addcmul(write, decay, ends)
-            totals *= decay
+            end, total = torch.addcmul(write, decay, end), total * decay
         starts = [initial]
-        for end, total in zip(ends[:-1], totals[:-1], strict=True):
-            starts.append(torch.addcmul(end, total, starts[-1]))
-
+        for c in range(len(end) - 1):
+            starts.append(torch.addcmul(end[c], total[c], starts[-1]))
         before = torch.stack(starts)
-        ctx.save_for_backward(decays, writes, before)
-        for decay, state in zip(decays, writes, strict=True):
-            before = state.addcmul_(decay, before)
-        return writes
+
+        each = [before]
+        for decay, write in zip(decays, writes, strict=True):
+            each.append(torch.addcmul(write, decay, each[-1]))
+        states = torch.stack(each[1:])
+        ctx.save_for_backward(decays, states, before)
+        return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The adjoints a_t = d_{t+1} a_{t+1} + ∂h_t, from the last chunk to the first."""
-        decays, states, starts = ctx.saved_tensors
+        decays, states, before = ctx.saved_tensors
         length, num_chunks = decays.shape[:2]
-        begins, totals = gradients[-1], torch.ones_like(starts)
+        begin, total = gradients[-1], torch.ones_like(before)
         for t in reversed(range(length - 1)):
-            begins = torch.addcmul(gradients[t], decays[t + 1], begins)
-            totals *= decays[t + 1]
+            begin = torch.addcmul(gradients[t], decays[t + 1], begin)
+            total = total * decays[t + 1]
         # What each chunk's last state is worth to the chunks after it.
-        after = torch.zeros_like(starts)
-        for c in reversed(range(num_chunks - 1)):
-            begin = torch.addcmul(begins[c + 1], totals[c + 1], after[c + 1])
-            after[c] = decays[0, c + 1] * begin
+        afters = [torch.zeros_like(before[0])]
+        for c in reversed(range(1, num_chunks)):
+            afters.append(decays[0, c] * torch.addcmul(begin[c], total[c], afters[-1]))
 
-        adjoints = gradients.clone()
-        adjoints[-1] += after
+        each = [gradients[-1] + torch.stack(afters[::-1])]
         for t in reversed(range(length - 1)):
-            adjoints[t].addcmul_(decays[t + 1], adjoints[t + 1])
-        d_decays = torch.empty_like(decays)
-        torch.mul(adjoints[0], starts, out=d_decays[0])
-        torch.mul(adjoints[1:], states[:-1], out=d_decays[1:])
+            each.append(torch.addcmul(gradients[t], decays[t + 1], each[-1]))
+        adjoints = torch.stack(each[::-1])
+        # A second copy of all adjoints, which nothing reads any more.
+        del each
+        d_decays = adjoints * torch.cat([before.unsqueeze(0), states[:-1]])
         return d_decays, adjoints, decays[0, 0] * adjoints[0, 0]

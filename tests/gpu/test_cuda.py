@@ -6,15 +6,26 @@ import torch
 from slm.architecture import Architecture
 from slm.generation import Decoder
 from slm.model import LanguageModel
+from slm.operators import OPERATORS as OPERATOR_CLASSES
+from slm.operators import parse_operator
 
 pytestmark = pytest.mark.gpu
 
 OPERATORS = (
     "attention(head_dim=16,query_groups=2)",
     "attention(head_dim=16,window=7)",
-    "mamba2(head_dim=16,state_size=8)",
+    "attention(head_dim=16,window=7,pinned_tokens=3)",
+    "mamba(state_size=8)",
+    "mamba2(head_dim=16,state_size=16)",
+    "linear_attention(head_dim=16)",
+    "gla(head_dim=32)",
     "deltanet(head_dim=16)",
+    "gated_deltanet(head_dim=16)",
+    "rwkv7(head_dim=16)",
+    "kda(head_dim=16)",
+    "short_convolution",
     "ffn",
+    "ffn(activation=relu2)",
 )
 
 
@@ -31,6 +42,30 @@ def test_forward_and_gradients_equal_those_on_the_cpu(operator: str) -> None:
         gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
         results.append((logits.detach().cpu(), gradients))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", [text for text in OPERATORS if "attention(" not in text])
+def test_a_captured_step_equals_an_eager_one(operator: str) -> None:
+    config = parse_operator(operator)
+    mixer = OPERATOR_CLASSES[config.name](config, 32).to("cuda")
+    x = torch.randn(10, 2, 32, device="cuda")
+    with torch.inference_mode():
+        eager = mixer.init_state(2, 10)
+        expected = [mixer.step(token, eager) for token in x]
+        captured, token = mixer.init_state(2, 10), x[0].clone()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            mixer.step(token, captured)
+        torch.cuda.current_stream().wait_stream(stream)
+        captured.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = mixer.step(token, captured)
+        captured.reset()
+        for t, each in enumerate(expected):
+            token.copy_(x[t])
+            graph.replay()
+            torch.testing.assert_close(y, each, rtol=1e-5, atol=1e-6)
 
 
 def test_decoding_equals_decoding_on_the_cpu() -> None:

@@ -114,3 +114,18 @@ def test_the_future_does_not_matter(recurrence: Recurrence) -> None:
     after, _ = recurrence.chunk(*inputs, start, chunk_size=16)
     assert torch.equal(after[:, :21], before[:, :21])
     assert not torch.equal(after[:, 21:], before[:, 21:])
+
+
+def test_the_selective_scan_compiles_whole() -> None:
+    """As it is on CUDA; one that Dynamo cannot see through would run piece by piece, or not."""
+    recurrence = RECURRENCES["selective_scan"]
+    inputs = make_inputs(recurrence, 11)
+    weights = make_weights(recurrence, inputs)
+    documents = torch.tensor([[0] * 11, [0] * 6 + [1] * 5])
+    options = {"documents": documents, "chunk_size": 4}
+    expected = with_gradients(recurrence.chunk, inputs, weights, **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(recurrence.chunk, fullgraph=True)
+    actual = with_gradients(compiled, inputs, weights, **options)
+    for name, ours, truth in zip(names_of_results(recurrence), actual, expected, strict=True):
+        assert relative_rms(ours, truth) < EXACT, name
