@@ -83,7 +83,7 @@ def gated_delta_rule_fla(chunk_size: int) -> Kernel:
 
 
 def gated_delta_rule_transformers(chunk_size: int) -> Kernel:
-    function = without_fla("qwen3_next").torch_chunk_gated_delta_rule
+    function = without_kernels("qwen3_next").torch_chunk_gated_delta_rule
     return output(function, chunk_size=chunk_size)
 
 
@@ -93,12 +93,21 @@ def kda_fla(chunk_size: int) -> Kernel:
     return output(naive_chunk_kda, chunk_size=chunk_size)
 
 
+def ssd_ours(x: Tensor, dt: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    return chunk_ssd(q, k, x * dt.unsqueeze(-1), -dt)[0]
+
+
+def ssd_dispatched(x: Tensor, dt: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    return ssd(q, k, x * dt.unsqueeze(-1), -dt)[0]
+
+
 def ssd_fla(chunk_size: int) -> Kernel:
     from fla.ops.simple_gla.naive import naive_chunk_simple_gla
 
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        q, k = (x.unsqueeze(2).expand(-1, -1, v.shape[2], -1) for x in (q, k))
-        return naive_chunk_simple_gla(q, k, v, g, chunk_size=chunk_size, scale=1.0)[0]
+    def run(x: Tensor, dt: Tensor, k: Tensor, q: Tensor) -> Tensor:
+        q, k = (y.unsqueeze(2).expand(-1, -1, x.shape[2], -1) for y in (q, k))
+        v = x * dt.unsqueeze(-1)
+        return naive_chunk_simple_gla(q, k, v, -dt, chunk_size=chunk_size, scale=1.0)[0]
 
     return run
 
@@ -106,22 +115,31 @@ def ssd_fla(chunk_size: int) -> Kernel:
 def ssd_transformers(chunk_size: int) -> Kernel:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        # With steps of length one, given as decays: A = −1 and Δ = −g, values divided by Δ.
-        values = v / -g.unsqueeze(-1)
-        A = -torch.ones(v.shape[2])
-        return mamba2_chunk_scan(values, -g, A, k.unsqueeze(2), q.unsqueeze(2), chunk_size)
-
-    return run
+    A = -torch.ones(HEADS)
+    return lambda x, dt, k, q: mamba2_chunk_scan(
+        x, dt, A, k.unsqueeze(2), q.unsqueeze(2), chunk_size
+    )
 
 
-def gla_fla(_: int) -> Kernel:
+def gla_fla() -> Kernel:
     from fla.ops.gla.naive import naive_recurrent_gla
 
     return output(naive_recurrent_gla)
 
 
-def linear_attention_fla(_: int) -> Kernel:
+def gla_fla_chunks(chunk_size: int) -> Kernel:
+    """The rule of RWKV-7 with nothing removed from the memory."""
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise
+
+    def run(*inputs: Tensor) -> Tensor:
+        q, k, v, g = (x.transpose(1, 2) for x in inputs)
+        nothing = torch.zeros_like(k)
+        return dplr_chunkwise(q, k, v, nothing, nothing, g, chunk_size=chunk_size)[0]
+
+    return run
+
+
+def linear_attention_fla() -> Kernel:
     from fla.ops.linear_attn.naive import naive_chunk_linear_attn
 
     return naive_chunk_linear_attn
@@ -137,7 +155,8 @@ def rwkv7_fla(chunk_size: int) -> Kernel:
     return run
 
 
-def selective_scan_transformers(_: int) -> Kernel:
+def selective_scan_transformers() -> Kernel:
+    """Token by token: without a compiler there is nothing better."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     return lambda x, dt, A, B, C: mamba_selective_scan(x.mT, dt.mT, A, B.mT, C.mT)
@@ -147,15 +166,17 @@ def at_chunk_sizes(make: Callable[[int], Kernel], name: str) -> dict[str, Callab
     return {f"{name}, chunks of {size}": functools.partial(make, size) for size in CHUNK_SIZES}
 
 
-def without_fla(model: str) -> ModuleType:
-    """A model's module of transformers with its torch functions: beside fla it takes fla's, which
-    need a GPU."""
-    known = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "fla"}
-    sys.modules["fla"] = None  # type: ignore[assignment]
+def without_kernels(model: str) -> ModuleType:
+    """A model's module of transformers with its torch functions: beside packages of kernels it
+    takes theirs, which need a GPU."""
+    packages = ("fla", "causal_conv1d", "mamba_ssm")
+    known = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
     try:
         return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     finally:
-        del sys.modules["fla"]
+        for name in packages:
+            del sys.modules[name]
         sys.modules.update(known)
 
 
@@ -174,9 +195,9 @@ CASES = {
         | at_chunk_sizes(gated_delta_rule_transformers, "transformers"),
     ),
     "ssd": Case(
-        "B C v g",
-        output(chunk_ssd),
-        output(ssd),
+        "v step B C",
+        ssd_ours,
+        ssd_dispatched,
         at_chunk_sizes(ssd_fla, "fla") | at_chunk_sizes(ssd_transformers, "transformers"),
     ),
     "kda": Case("q k v gk beta", output(chunk_kda), output(kda), at_chunk_sizes(kda_fla, "fla")),
@@ -184,13 +205,13 @@ CASES = {
         "q k v gk",
         output(chunk_gla),
         output(gla),
-        {"fla, recurrent": functools.partial(gla_fla, 0)},
+        {"fla, recurrent": gla_fla} | at_chunk_sizes(gla_fla_chunks, "fla"),
     ),
     "linear_attention": Case(
         "q k v",
         output(chunk_linear_attention),
         output(linear_attention),
-        {"fla, chunks of 64": functools.partial(linear_attention_fla, 64)},
+        {"fla, chunks of 64": linear_attention_fla},
     ),
     "rwkv7": Case(
         "q gk k v a b", output(chunk_rwkv7), output(rwkv7), at_chunk_sizes(rwkv7_fla, "fla")
@@ -199,7 +220,7 @@ CASES = {
         "x dt A B C",
         output(chunk_selective_scan),
         None,
-        {"transformers": functools.partial(selective_scan_transformers, 0)},
+        {"transformers": selective_scan_transformers},
     ),
 }
 
@@ -218,6 +239,7 @@ def make_inputs(names: str, num_tokens: int, device: torch.device) -> list[Tenso
         "g": F.logsigmoid(torch.randn(shape[:3]) + 2),
         "gk": F.logsigmoid(torch.randn(shape) + 2),
         "beta": beta,
+        "step": torch.rand(shape[:3]) / 2,
         "a": -keys,
         "b": keys * beta.unsqueeze(-1),
         "x": torch.randn(BATCH, num_tokens, HEADS * SIZE),

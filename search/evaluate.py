@@ -1,7 +1,7 @@
 """What is done to a candidate: measure it, train it, question it.
 
-`Evaluator` lives in the worker process, so everything that goes in and out is plain and small;
-weights stay on disk.
+An evaluator lives in the worker process, so everything that goes in and out is plain and small;
+weights stay on disk. Architectures are given as their canonical text.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from search.worker import Report
 
 if TYPE_CHECKING:
+    from latency.device import Device
+    from latency.profile import Profile
     from latency.timer import Protocol
     from latency.workload import Workload
     from search.proxy import ProxyConfig
     from slm.architecture import Architecture
+    from slm.data import PackedCorpus
     from slm.model import LanguageModel
     from slm.runtime import Runtime
 
@@ -26,42 +29,84 @@ CLOZE_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Evaluates architectures, given as their canonical text.
+class BaseEvaluator:
+    """What the evaluators of a search and of an operator study have in common.
 
-    candidates_folder: where weights are kept, `<digest>.safetensors`.
+    runtime: of the study, for the worker process.
     corpus_folder: of the packed corpus.
-    runtime: of the search, for the worker process.
     latency_threads, training_threads: CPU threads; None: torch's choice.
     """
 
     runtime: Runtime
-    candidates_folder: Path
     corpus_folder: Path
     workload: Workload
     protocol: Protocol
     proxy: ProxyConfig
-    seed: int
     latency_threads: int | None
     training_threads: int | None
+
+    def _set_up_measuring(self) -> Device:
+        from latency.device import Device
+
+        self.runtime.apply()
+        return Device.current(threads=self.latency_threads)
+
+    def _set_up_training(self) -> PackedCorpus:
+        import torch
+
+        from slm.data import PackedCorpus
+
+        self.runtime.apply()
+        if self.training_threads is not None:
+            torch.set_num_threads(self.training_threads)
+        return PackedCorpus.open(self.corpus_folder)
+
+    def _measure(self, text: str, reference_ms: float) -> tuple[Profile, float]:
+        """Latency of the whole model, freshly initialised, by the decoder that users call.
+
+        Also the factor that brings its times to the machine speed at which the request that runs
+        beside every measurement took `reference_ms`, so that models measured an hour apart compare.
+        """
+        from latency.profile import profile
+
+        device = self._set_up_measuring()
+        result = profile(_parse(text), self.workload, device, self.protocol)
+        return result, result.request_per_reference * reference_ms / result.request_ms.median_ms
+
+    def _train(
+        self, text: str, corpus: PackedCorpus, tokens: int, seed: int, report: Report
+    ) -> tuple[LanguageModel, dict[str, Any]]:
+        """The model after its proxy training, and what is known of that."""
+        from search.proxy import train_proxy
+        from slm.evaluation import bits_per_byte
+
+        model, result = train_proxy(
+            _parse(text), corpus, self.proxy, tokens=tokens, seed=seed, report=report
+        )
+        bits = bits_per_byte(result.loss, corpus.validation)
+        return model, {**asdict(result), "bits_per_byte": bits}
+
+
+@dataclass(frozen=True)
+class Evaluator(BaseEvaluator):
+    """Evaluates the candidates of a search.
+
+    candidates_folder: where weights are kept, `<digest>.safetensors`.
+    """
+
+    candidates_folder: Path
+    seed: int
 
     def measure(
         self, text: str, table_reference_ms: float, report: Report
     ) -> dict[str, float | bool]:
-        """Latency of the whole model, freshly initialised, by the decoder that users call.
+        """Latencies of a candidate.
 
         table_reference_ms: how long the request that runs beside every measurement took when the
-        latency table was made. All times but `latency_raw_ms` are brought to that machine speed,
-        so that candidates measured an hour apart compare.
+        latency table was made. All times but `latency_raw_ms` are brought to that machine speed.
         """
-        from latency.device import Device
-        from latency.profile import profile
-
-        self.runtime.apply()
-        device = Device.current(threads=self.latency_threads)
-        result = profile(_parse(text), self.workload, device, self.protocol)
+        result, scale = self._measure(text, table_reference_ms)
         request = result.request_ms
-        scale = result.request_per_reference * table_reference_ms / request.median_ms
         return {
             "latency_ms": scale * request.median_ms,
             "latency_low_ms": scale * request.low_ms,
@@ -75,31 +120,20 @@ class Evaluator:
 
     def train(self, text: str, tokens: int, report: Report) -> dict[str, Any]:
         """Proxy training; keeps the weights."""
-        from search.proxy import train_proxy
-        from slm.data import PackedCorpus
-        from slm.evaluation import bits_per_byte
-
-        self._set_up_training()
-        architecture = _parse(text)
-        corpus = PackedCorpus.open(self.corpus_folder)
-        model, result = train_proxy(
-            architecture, corpus, self.proxy, tokens=tokens, seed=self.seed, report=report
-        )
-        save_weights(model, self.weights_path(architecture))
-        bits = bits_per_byte(result.loss, corpus.validation)
-        return {**asdict(result), "bits_per_byte": bits}
+        corpus = self._set_up_training()
+        model, result = self._train(text, corpus, tokens, self.seed, report)
+        save_weights(model, self.weights_path(model.architecture))
+        return result
 
     def accuracies(
         self, texts: list[str], num_items: int, report: Report
     ) -> dict[str, dict[str, Any]]:
         """Cloze accuracy, by digest, of candidates that were trained before."""
-        from slm.data import PackedCorpus
         from slm.data.cloze import build_cloze
         from slm.data.tokenizer import load_tokenizer
         from slm.evaluation import cloze_accuracy
 
-        self._set_up_training()
-        corpus = PackedCorpus.open(self.corpus_folder)
+        corpus = self._set_up_training()
         tokenizer = load_tokenizer(corpus.tokenizer_path)
         items = build_cloze(corpus, num_items, self.seed)
         found = {}
@@ -113,13 +147,6 @@ class Evaluator:
     def weights_path(self, architecture: Architecture) -> Path:
         """Where an architecture's proxy weights are kept."""
         return self.candidates_folder / f"{architecture.digest}.safetensors"
-
-    def _set_up_training(self) -> None:
-        import torch
-
-        self.runtime.apply()
-        if self.training_threads is not None:
-            torch.set_num_threads(self.training_threads)
 
 
 def save_weights(model: LanguageModel, path: Path) -> None:

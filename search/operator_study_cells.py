@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.evaluate import CLOZE_BATCH_SIZE, BaseEvaluator
 from search.run_folder import write_json
 from search.study import flatten
 from search.worker import Report
 from slm.config import ConfigError
 
 if TYPE_CHECKING:
-    from latency.timer import Protocol
-    from latency.workload import Workload
-    from search.proxy import ProxyConfig
     from slm.data import PackedCorpus
     from slm.data.cloze import ClozeItem
     from slm.model import LanguageModel
-    from slm.runtime import Runtime
 
 Cell = dict[str, Any]
 
-CLOZE_BATCH_SIZE = 64
 # Every model answers the same questions.
 CLOZE_SEED = 0
 
@@ -75,48 +71,26 @@ class CellStore:
 
 
 @dataclass(frozen=True)
-class CellEvaluator:
-    """Makes cells in a worker process; architectures are given as their canonical text.
+class CellEvaluator(BaseEvaluator):
+    """Makes the cells of an operator study.
 
-    runtime: of the study, for the worker process.
-    corpus_folder: of the packed corpus.
-    latency_threads, training_threads: CPU threads; None: torch's choice.
+    cloze_items: questions put to each model.
     """
 
-    runtime: Runtime
-    corpus_folder: Path
-    workload: Workload
-    protocol: Protocol
-    proxy: ProxyConfig
     cloze_items: int
-    latency_threads: int | None
-    training_threads: int | None
 
     def yardstick(self, report: Report) -> Cell:
         """How long the request that runs beside every measurement takes now."""
-        from latency.device import Device
         from latency.profile import profile
         from latency.request import REFERENCE, REFERENCE_WORKLOAD
 
-        self.runtime.apply()
-        device = Device.current(threads=self.latency_threads)
+        device = self._set_up_measuring()
         result = profile(REFERENCE, REFERENCE_WORKLOAD, device, self.protocol)
         return {"reference_ms": result.reference_ms.median_ms}
 
     def measure(self, text: str, reference_ms: float, report: Report) -> Cell:
-        """Latencies of the whole model, freshly initialised, by the decoder that users call.
-
-        reference_ms: the yardstick. Times are brought to the machine speed at which it was taken,
-        so that models measured an hour apart compare.
-        """
-        from latency.device import Device
-        from latency.profile import profile
-        from slm.architecture import Architecture
-
-        self.runtime.apply()
-        device = Device.current(threads=self.latency_threads)
-        result = profile(Architecture.parse(text), self.workload, device, self.protocol)
-        scale = result.request_per_reference * reference_ms / result.request_ms.median_ms
+        """Latencies of a model, brought to the machine speed at which the yardstick was taken."""
+        result, scale = self._measure(text, reference_ms)
         cell: Cell = {
             "architecture": text,
             "is_quiet": result.request_ms.quiet,
@@ -136,28 +110,10 @@ class CellEvaluator:
 
     def train(self, text: str, seed: int, report: Report) -> Cell:
         """Proxy training with a seed, and the word cloze; `right` has a 1 per right answer."""
-        import torch
-
-        from search.proxy import train_proxy
-        from slm.architecture import Architecture
-        from slm.data import PackedCorpus
-        from slm.evaluation import bits_per_byte
-
-        self.runtime.apply()
-        if self.training_threads is not None:
-            torch.set_num_threads(self.training_threads)
-        corpus = PackedCorpus.open(self.corpus_folder)
-        tokens = self.proxy.rung_tokens[0]
-        model, result = train_proxy(
-            Architecture.parse(text), corpus, self.proxy, tokens=tokens, seed=seed, report=report
-        )
-        return {
-            "architecture": text,
-            "seed": seed,
-            **asdict(result),
-            "bits_per_byte": bits_per_byte(result.loss, corpus.validation),
-            "right": self._answer(model, corpus),
-        }
+        corpus = self._set_up_training()
+        model, result = self._train(text, corpus, self.proxy.rung_tokens[0], seed, report)
+        right = self._answer(model, corpus)
+        return {"architecture": text, "seed": seed, **result, "right": right}
 
     def _answer(self, model: LanguageModel, corpus: PackedCorpus) -> str:
         """Which questions of the cloze are answered right, '0110…'."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import pydantic
 from omegaconf import DictConfig
 from pydantic import Field
 
@@ -12,7 +13,7 @@ from latency.workload import Workload
 from search.config import plain
 from search.proxy import ProxyConfig
 from search.study_design import StudySpaceConfig
-from slm.config import ConfigError, read, schema
+from slm.config import read, schema
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.plugins import plugin_digests
 from slm.runtime import RuntimeConfig
@@ -53,14 +54,14 @@ class StudyConfig(RuntimeConfig):
     latency_threads: Positive | None
     training_threads: Positive | None
 
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.seeds:
-            problems.append("seeds: must not be empty")
-        if len(set(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds: must differ, got {list(self.seeds)}")
-        if problems:
-            raise ConfigError(problems)
+    @pydantic.field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds:
+            raise ValueError("must not be empty")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"must differ, got {list(seeds)}")
+        return seeds
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the cells of a study to be comparable.

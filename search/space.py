@@ -27,19 +27,6 @@ from slm.model_config import BlockConfig
 from slm.operators import OperatorConfig, parse_operator
 
 MUTATION_ATTEMPTS = 200
-SHORT_NAMES = {
-    "attention": "A",
-    "deltanet": "D",
-    "ffn": "F",
-    "gated_deltanet": "GD",
-    "gla": "GLA",
-    "kda": "KDA",
-    "linear_attention": "LA",
-    "mamba": "M",
-    "mamba2": "M2",
-    "rwkv7": "R7",
-    "short_convolution": "SC",
-}
 
 
 @schema
@@ -371,7 +358,7 @@ class SearchSpace:
         legend: dict[str, str] = {}
         for text in (*self.mixers, self.ffn):
             operator = parse_operator(text)
-            name = SHORT_NAMES.get(operator.name, operator.name)
+            name = operator.short_name or operator.name
             if getattr(operator, "window", None) is not None:
                 name = "W"
             taken = sum(other.rstrip("'") == name for other in legend.values())

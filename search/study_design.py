@@ -1,8 +1,9 @@
 """What the operator study compares, and how sizes are chosen so that it compares fairly.
 
 Each operator stands in a block of its own and in a block with a partner, as in Nemotron-Flash (Fu
-et al. 2025): one FFN after the mixer, none after Mamba and Mamba2 alone, and mixer-mixer-FFN for a
-pair. Models are as many blocks as come nearest to the same number of operators.
+et al. 2025): one FFN after the mixer, none after those that do without (Mamba and Mamba2) when they
+are alone, and mixer-mixer-FFN for a pair. Models are as many blocks as come nearest to the same
+number of operators.
 
 *Equal parameters*: the number of blocks is fixed. At each width the FFN's hidden width takes up
 what is missing; of the widths that so come within 2 % of the count, the one whose FFN is nearest
@@ -30,7 +31,6 @@ from slm.architecture import Architecture
 from slm.config import ConfigError, schema
 from slm.operators import FFNConfig, OperatorConfig, parse_operator
 
-WITHOUT_FFN = ("mamba", "mamba2")
 PARAMETER_TOLERANCE = 0.02
 # Blocks more or fewer that may serve to meet the parameter count.
 MAX_EXTRA_BLOCKS = 2
@@ -51,6 +51,8 @@ class StudySpaceConfig:
     partners: what each operator is paired with, 'all' for every other operator. A bare name stands
         for the first of `operators` of that name.
     ffn: after each mixer; its ratio is changed where parameters are to be equal.
+    without_ffn: mixers that no FFN follows when they are alone. A bare name stands for every
+        operator of that name.
     num_operators: of a whole model, FFNs included, as near as whole blocks come.
     min_width, max_width, width_step: widths that may be chosen.
     The rest is as in `Architecture`, the same for all models.
@@ -59,6 +61,7 @@ class StudySpaceConfig:
     operators: tuple[str, ...]
     partners: str | tuple[str, ...]
     ffn: str
+    without_ffn: tuple[str, ...]
     num_operators: Positive
     min_width: Positive
     max_width: Positive
@@ -87,8 +90,11 @@ class StudySpaceConfig:
         if isinstance(self.partners, str) and self.partners != "all":
             found.append(f"partners: must be 'all' or a list, got {self.partners!r}")
         partners = () if isinstance(self.partners, str) else self.partners
-        named = [("operators", text) for text in self.operators]
-        for name, text in [*named, *(("partners", text) for text in partners), ("ffn", self.ffn)]:
+        lists = (
+            *(("operators", self.operators), ("partners", partners)),
+            *(("without_ffn", self.without_ffn), ("ffn", (self.ffn,))),
+        )
+        for name, text in [(name, text) for name, texts in lists for text in texts]:
             try:
                 is_ffn = isinstance(parse_operator(text), FFNConfig)
             except ValueError as error:
@@ -133,6 +139,12 @@ class StudySpaceConfig:
         namesakes = [mixer for mixer in mixers if mixer.name == text.strip()]
         return namesakes[0] if namesakes else parse_operator(text)
 
+    def needs_ffn(self, mixer: OperatorConfig) -> bool:
+        """Whether an FFN follows the mixer when it is alone."""
+        return not any(
+            mixer.name == text.strip() or mixer == parse_operator(text) for text in self.without_ffn
+        )
+
     def labels(self) -> dict[OperatorConfig, str]:
         """A short name of every mixer: its text without what all of the same name share."""
         fields: dict[str, dict[OperatorConfig, list[str]]] = defaultdict(dict)
@@ -156,7 +168,7 @@ class Arrangement:
 
     def block(self, space: StudySpaceConfig) -> tuple[OperatorConfig, ...]:
         """The operators of a block."""
-        if len(self.mixers) == 1 and self.mixers[0].name in WITHOUT_FFN:
+        if len(self.mixers) == 1 and not space.needs_ffn(self.mixers[0]):
             return self.mixers
         return (*self.mixers, parse_operator(space.ffn))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.architecture import Architecture
+from slm.kernels.documents import Documents
 from slm.operators import OPERATORS, OperatorConfig, Sequence, State
 
 INITIAL_STD = 0.02
@@ -62,6 +63,11 @@ class ModelState:
             state.reset()
             if memory is not None:
                 state.write(memory, Sequence())
+
+    def fix_shapes(self) -> None:
+        """Let all steps from now on compute on the same shapes, so that one can be captured."""
+        for state in self.operators:
+            state.fix_shapes()
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes row index[b], in place (beam search)."""
@@ -115,7 +121,8 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """The residual stream [B, T, D] after the last norm."""
-        sequence = Sequence(documents, lengths)
+        packed = None if documents is None else Documents.from_ids(documents)
+        sequence = Sequence(packed, lengths)
         x = self.embedding(tokens)
         meta, memory = self.meta_tokens.unsqueeze(0), None
         for layer in self.layers:

@@ -53,7 +53,7 @@ def _load(plugin: str) -> None:
         else:
             _import_file(file, name)
         _refuse_replacements(known)
-    except Exception as error:  # whatever a user's code does wrong is said in one line
+    except (Exception, SystemExit) as error:  # whatever a user's code does is said in one line
         sys.modules.pop(name, None)
         OPERATORS.clear()
         OPERATORS.update(known)
@@ -88,7 +88,7 @@ def _refuse_replacements(known: Mapping[str, type[Operator]]) -> None:
             raise ValueError(f"operator name '{name}' is taken by {operator.__module__}")
 
 
-def _describe(error: Exception, file: Path | None) -> str:
+def _describe(error: BaseException, file: Path | None) -> str:
     """What went wrong, and where in the file, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and frame.filename == str(file)]

@@ -43,8 +43,9 @@ class PluginsConfig:
 class RuntimeConfig(PluginsConfig):
     """The user's own operators, and the kernels of all.
 
-    backend: 'auto' runs the kernels of flash-linear-attention on CUDA and this package's torch
-        forms elsewhere; 'torch' and 'fla' run these and nothing else.
+    backend: 'auto' runs the kernels of flash-linear-attention (fla) on CUDA and this package's
+        torch forms elsewhere; 'torch' insists on the latter, 'fla' on fla's wherever fla has one.
+        Attention and Mamba's scan are torch's everywhere.
     """
 
     backend: Backend = "auto"

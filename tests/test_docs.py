@@ -79,7 +79,7 @@ def _plugin(folder: Path, _no_plugins: None) -> None:
 @torch.no_grad()
 def build(meta_tokens: int = 5) -> LanguageModel:
     text = f"width={WIDTH} vocab_size=60 meta_tokens={meta_tokens} | moving_average ffn"
-    model = LanguageModel(Architecture.parse(f"{text} moving_average(slowness=0.5)")).eval()
+    model = LanguageModel(Architecture.parse(f"{text} moving_average")).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(6.0)

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.kernels.chunking import accumulation_dtype
+from slm.kernels.backend import use_fla
+from slm.kernels.precision import accumulation_dtype
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax attention [B, T, H, K]; `visible` [B|1, T, N] bool, None for plain causal."""
+    use_fla("attention", q, None)
     mask = None if visible is None else visible.unsqueeze(1)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -35,7 +37,7 @@ class Keys:
     """Keys and values of tokens, in order.
 
     k, v: [B|1, N, G, K]; positions: [B|1, N], restarting in each document.
-    documents: [B, N], which document each is of; None: all see them.
+    documents: [B, N], number of the document that each is of; None: all see them.
     """
 
     k: Tensor

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to accumulate in: at least fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+from slm.kernels.documents import Documents
 
 
 def initial_state(start: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -38,7 +35,7 @@ class Chunks:
     """
 
     def __init__(
-        self, num_tokens: int, chunk_size: int, documents: Tensor | None, device: torch.device
+        self, num_tokens: int, chunk_size: int, documents: Documents | None, device: torch.device
     ) -> None:
         assert chunk_size & (chunk_size - 1) == 0, f"chunk_size {chunk_size}: no power of two"
         self.num_tokens = num_tokens
@@ -50,7 +47,8 @@ class Chunks:
         self.fresh = self.last = None
         if documents is not None:
             # Padding belongs to the last document, so that the last state passes through it.
-            padded = torch.cat([documents, documents[:, -1:].expand(-1, self.padding)], dim=1)
+            numbers = documents.numbers
+            padded = torch.cat([numbers, numbers[:, -1:].expand(-1, self.padding)], dim=1)
             document = padded.unflatten(1, (self.num_chunks, self.chunk_size))
             document = document.transpose(0, 1)[:, :, None, :, None]  # [C, B, 1, L, 1]
             before = torch.cat([document[:1, ..., :1, :], document[:-1, ..., -1:, :]])

@@ -13,44 +13,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm.kernels.backend import fla_function, run_fla_packed, use_fla
+from slm.kernels.documents import Documents
+
+FLA = "modules.causal_conv1d.causal_conv1d"
 
 
 def causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, ages: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Convolve rows, by fla on CUDA and by torch elsewhere; y [B, T, D].
 
-    With `ages` [B, T], the number of tokens of the same document before each token, every
-    document begins with `tail`; without, the row does. No tail stands for zeros.
+    Each of `documents`, or without them each row, begins with `tail`. None stands for zeros.
     """
-    run = fla_causal_convolution if use_fla("convolution", x) else torch_causal_convolution
-    return run(x, weight, bias, tail, ages)
+    run = fla_causal_convolution if use_fla("convolution", x, FLA) else torch_causal_convolution
+    return run(x, weight, bias, tail, documents)
 
 
 def fla_causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, ages: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """By the Triton kernel of fla, whose states are [B, D, W] and begin with a value unused."""
     start = None if tail is None else F.pad(tail.to(x.dtype).transpose(1, 2), (1, 0))
-    function = fla_function("modules.causal_conv1d", "causal_conv1d")
-    begins = None if ages is None else ages == 0
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    y, _ = run_fla_packed(function, {"x": x}, start, begins, weight=weight, bias=bias)
+    function = fla_function(FLA)
+    y, _ = run_fla_packed(function, {"x": x}, start, documents, weight=weight, bias=bias)
     return y
 
 
 def torch_causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, ages: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """By torch's convolution; with documents, one input of the window after the other."""
     channels, width = weight.shape
     padded = with_tail(x, tail, width)
-    if ages is None:
+    if documents is None:
         y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels)
         return y.transpose(1, 2)
 
-    weight = weight.to(x.dtype)
+    ages, weight = documents.ages, weight.to(x.dtype)
     y = x * weight[:, -1]
     before_document = padded[:, : width - 1]
     for shift in range(1, width):

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from slm.kernels.backend import fla_function, run_fla, use_fla
-from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.chunking import Chunks, initial_state
+from slm.kernels.documents import Documents
+from slm.kernels.precision import at_least_fp32
 from slm.kernels.triangular import solve_unit_lower
+
+FLA = "ops.delta_rule.chunk_delta_rule"
+FLA_GATED = "ops.gated_delta_rule.chunk_gated_delta_rule"
 
 
 def delta_rule(
@@ -25,21 +30,21 @@ def delta_rule(
     v: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+    """By fla on CUDA, by chunks elsewhere. Each of `documents` begins with `start`.
 
     Returns (o [B, T, H, V], the state after each row's last token).
     """
-    run = fla_delta_rule if use_fla("delta_rule", q) else chunk_delta_rule
+    run = fla_delta_rule if use_fla("delta_rule", q, FLA) else chunk_delta_rule
     return run(q, k, v, beta, start, documents)
 
 
+@at_least_fp32
 def recurrent_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, V], final state)."""
-    q, k, v, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, beta))
     state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
     outputs = []
     for t in range(q.shape[1]):
@@ -49,13 +54,14 @@ def recurrent_delta_rule(
     return torch.stack(outputs, dim=1), state
 
 
+@at_least_fp32
 def chunk_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: the same result with matrix products inside each chunk.
@@ -63,18 +69,16 @@ def chunk_delta_rule(
     Within a chunk that begins with the state S what is written are the values U − W S, where
     (I + tril(diag(β) K Kᵀ, −1)) [U, W] = diag(β) [V, K] for all chunks at once.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, beta))
-        initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
-        chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
-        q, k, v, beta = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v, beta[..., None]))
+    initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
+    chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
+    q, k, v, beta = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v, beta[..., None]))
 
-        beta_k = beta * k
-        scores, system = (chunks.mask(x @ k.mT) for x in (q, beta_k))
-        corrected = solve_unit_lower(system, torch.cat([beta * v, beta_k], dim=-1))
-        U, W = corrected.split([v.shape[-1], k.shape[-1]], dim=-1)
-        written, states, final = chunks.correct(None, U, W, chunks.only_last(k), None, initial)
-        return chunks.join(chunks.read(q, states, initial) + scores @ written), final
+    beta_k = beta * k
+    scores, system = (chunks.mask(x @ k.mT) for x in (q, beta_k))
+    corrected = solve_unit_lower(system, torch.cat([beta * v, beta_k], dim=-1))
+    U, W = corrected.split([v.shape[-1], k.shape[-1]], dim=-1)
+    written, states, final = chunks.correct(None, U, W, chunks.only_last(k), None, initial)
+    return chunks.join(chunks.read(q, states, initial) + scores @ written), final
 
 
 def fla_delta_rule(
@@ -83,18 +87,18 @@ def fla_delta_rule(
     v: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla; those of the gated rule for fp32, which its own refuse."""
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
     inputs = {"q": q, "k": k, "v": v, "beta": beta}
     if v.dtype != torch.float32:
-        return run_fla(fla_function("ops.delta_rule", "chunk_delta_rule"), inputs, start, documents)
+        return run_fla(fla_function(FLA), inputs, start, documents)
     inputs["g"] = torch.zeros_like(beta)
-    function = fla_function("ops.gated_delta_rule", "chunk_gated_delta_rule")
-    return run_fla(function, inputs, start, documents)
+    return run_fla(fla_function(FLA_GATED), inputs, start, documents)
 
 
+@at_least_fp32
 def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, K], v [B, H, V], beta [B, H]. Updates state in place; o [B, H, V]."""
     error = v - (k.unsqueeze(-2) @ state).squeeze(-2)

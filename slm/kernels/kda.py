@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from slm.kernels.backend import fla_function, run_fla, use_fla
-from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.chunking import Chunks, initial_state
 from slm.kernels.decay import decayed_products
+from slm.kernels.documents import Documents
+from slm.kernels.precision import at_least_fp32
 from slm.kernels.triangular import solve_unit_lower
+
+FLA = "ops.kda.chunk_kda"
 
 
 def kda(
@@ -29,21 +33,21 @@ def kda(
     g: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+    """By fla on CUDA, by chunks elsewhere. Each of `documents` begins with `start`.
 
     Returns (o [B, T, H, V], the state after each row's last token).
     """
-    run = fla_kda if use_fla("kda", q) else chunk_kda
+    run = fla_kda if use_fla("kda", q, FLA) else chunk_kda
     return run(q, k, v, g, beta, start, documents)
 
 
+@at_least_fp32
 def recurrent_kda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, V], final state)."""
-    q, k, v, g, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, g, beta))
     state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
     outputs = []
     for t in range(q.shape[1]):
@@ -54,6 +58,7 @@ def recurrent_kda(
     return torch.stack(outputs, dim=1), state
 
 
+@at_least_fp32
 def chunk_kda(
     q: Tensor,
     k: Tensor,
@@ -61,35 +66,33 @@ def chunk_kda(
     g: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk, as `chunk_delta_rule`, with each channel's decay in the products."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v, g, beta = (x.to(accumulation_dtype(x)) for x in (q, k, v, g, beta))
-        initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
-        chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
-        q, k, v, g = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v, g))
-        beta = chunks.split(beta[..., None])
+    initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
+    chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
+    q, k, v, g = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v, g))
+    beta = chunks.split(beta[..., None])
 
-        decay = g.cumsum(dim=-2)  # [C, B, H, L, K], from the chunk's first token on
-        since_begin = chunks.since_begin(decay, decay - g).exp()
-        beta_k = beta * k
-        queries, column = torch.stack([q, beta_k], dim=-2), decay.unsqueeze(-2)
-        products = decayed_products(
-            queries, column.expand_as(queries), k.unsqueeze(-2), column
-        ).squeeze(-1)
-        scores, system = products.masked_fill(~chunks.visible.unsqueeze(-2), 0.0).unbind(-2)
-        corrected = solve_unit_lower(system, torch.cat([beta * v, beta_k * since_begin], dim=-1))
-        U, W = corrected.split([v.shape[-1], k.shape[-1]], dim=-1)
-        keys = chunks.only_last(k * (decay[..., -1:, :] - decay).exp())
-        decays = since_begin[..., -1, :].unsqueeze(-1)
-        written, states, final = chunks.correct(decays, U, W, keys, None, initial)
+    decay = g.cumsum(dim=-2)  # [C, B, H, L, K], from the chunk's first token on
+    since_begin = chunks.since_begin(decay, decay - g).exp()
+    beta_k = beta * k
+    queries, column = torch.stack([q, beta_k], dim=-2), decay.unsqueeze(-2)
+    products = decayed_products(
+        queries, column.expand_as(queries), k.unsqueeze(-2), column
+    ).squeeze(-1)
+    scores, system = products.masked_fill(~chunks.visible.unsqueeze(-2), 0.0).unbind(-2)
+    corrected = solve_unit_lower(system, torch.cat([beta * v, beta_k * since_begin], dim=-1))
+    U, W = corrected.split([v.shape[-1], k.shape[-1]], dim=-1)
+    keys = chunks.only_last(k * (decay[..., -1:, :] - decay).exp())
+    decays = since_begin[..., -1, :].unsqueeze(-1)
+    written, states, final = chunks.correct(decays, U, W, keys, None, initial)
 
-        # Between a token and itself nothing decays.
-        own = (q * k).sum(-1, keepdim=True) * written
-        read = chunks.read(q * since_begin, states, initial)
-        return chunks.join(read + scores @ written + own), final
+    # Between a token and itself nothing decays.
+    own = (q * k).sum(-1, keepdim=True) * written
+    read = chunks.read(q * since_begin, states, initial)
+    return chunks.join(read + scores @ written + own), final
 
 
 def fla_kda(
@@ -99,14 +102,15 @@ def fla_kda(
     g: Tensor,
     beta: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla."""
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
     inputs = {"q": q, "k": k, "v": v, "g": g.float(), "beta": beta}
-    return run_fla(fla_function("ops.kda", "chunk_kda"), inputs, start, documents)
+    return run_fla(fla_function(FLA), inputs, start, documents)
 
 
+@at_least_fp32
 def kda_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """One token: q, k, g [B, H, K], v [B, H, V], beta [B, H]. Updates state in place; o as v."""
     state *= g.exp().unsqueeze(-1)

@@ -15,25 +15,29 @@ import torch
 from torch import Tensor
 
 from slm.kernels.backend import fla_function, run_fla, use_fla
-from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.chunking import Chunks, initial_state
+from slm.kernels.documents import Documents
+from slm.kernels.precision import at_least_fp32
+
+FLA = "ops.linear_attn.chunk_linear_attn"
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, documents: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
-    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+    """By fla on CUDA, by chunks elsewhere. Each of `documents` begins with `start`.
 
     Returns (o [B, T, H, V], the state after each row's last token).
     """
-    run = fla_linear_attention if use_fla("linear_attention", q) else chunk_linear_attention
+    run = fla_linear_attention if use_fla("linear_attention", q, FLA) else chunk_linear_attention
     return run(q, k, v, start, documents)
 
 
+@at_least_fp32
 def recurrent_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, V], final state)."""
-    q, k, v = (x.to(accumulation_dtype(x)) for x in (q, k, v))
     state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
     outputs = []
     for t in range(q.shape[1]):
@@ -42,35 +46,35 @@ def recurrent_linear_attention(
     return torch.stack(outputs, dim=1), state
 
 
+@at_least_fp32
 def chunk_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: the same result with matrix products inside each chunk."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (x.to(accumulation_dtype(x)) for x in (q, k, v))
-        initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
-        chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
-        q, k, v = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v))
+    initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
+    chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
+    q, k, v = (chunks.split(x) for x in (q * q.shape[-1] ** -0.5, k, v))
 
-        states, final = chunks.carry(None, chunks.only_last(k).mT @ v, initial)
-        scores = chunks.mask(q @ k.mT)
-        return chunks.join(chunks.read(q, states, initial) + scores @ v), final
+    states, final = chunks.carry(None, chunks.only_last(k).mT @ v, initial)
+    scores = chunks.mask(q @ k.mT)
+    return chunks.join(chunks.read(q, states, initial) + scores @ v), final
 
 
 def fla_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, documents: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla."""
-    function = fla_function("ops.linear_attn", "chunk_linear_attn")
+    function = fla_function(FLA)
     q, k = q.to(v.dtype), k.to(v.dtype)
     return run_fla(function, {"q": q, "k": k, "v": v}, start, documents, normalize=False)
 
 
+@at_least_fp32
 def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, K], v [B, H, V]. Updates state in place; o [B, H, V]."""
     state += k.unsqueeze(-1) * v.unsqueeze(-2)

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from slm.kernels.backend import fla_function, run_fla, use_fla
-from slm.kernels.chunking import Chunks, accumulation_dtype, initial_state
+from slm.kernels.chunking import Chunks, initial_state
 from slm.kernels.decay import decayed_products
+from slm.kernels.documents import Documents
+from slm.kernels.precision import at_least_fp32
 from slm.kernels.triangular import solve_unit_lower
+
+FLA = "ops.rwkv7.chunk_rwkv7"
 
 
 def rwkv7(
@@ -28,16 +32,17 @@ def rwkv7(
     a: Tensor,
     b: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By fla on CUDA, by chunks elsewhere. With `documents` [B, T] each begins with `start`.
+    """By fla on CUDA, by chunks elsewhere. Each of `documents` begins with `start`.
 
     Returns (o [B, T, H, V], the state after each row's last token).
     """
-    run = fla_rwkv7 if use_fla("rwkv7", r) else chunk_rwkv7
+    run = fla_rwkv7 if use_fla("rwkv7", r, FLA) else chunk_rwkv7
     return run(r, w, k, v, a, b, start, documents)
 
 
+@at_least_fp32
 def recurrent_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -48,7 +53,6 @@ def recurrent_rwkv7(
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (o [B, T, H, V], final state)."""
-    r, w, k, v, a, b = (x.to(accumulation_dtype(x)) for x in (r, w, k, v, a, b))
     state = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
     outputs = []
     for t in range(r.shape[1]):
@@ -60,6 +64,7 @@ def recurrent_rwkv7(
     return torch.stack(outputs, dim=1), state
 
 
+@at_least_fp32
 def chunk_rwkv7(
     r: Tensor,
     w: Tensor,
@@ -68,7 +73,7 @@ def chunk_rwkv7(
     a: Tensor,
     b: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Chunk by chunk: the same result with matrix products inside each chunk.
@@ -77,36 +82,34 @@ def chunk_rwkv7(
     (I − A B) [U, W] = [A K V, A] with the decayed products A B and A K of a with the b and k before
     it.
     """
-    with torch.autocast(r.device.type, enabled=False):
-        r, w, k, v, a, b = (x.to(accumulation_dtype(x)) for x in (r, w, k, v, a, b))
-        initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
-        chunks = Chunks(r.shape[1], chunk_size, documents, r.device)
-        r, w, k, v, a, b = (chunks.split(x) for x in (r, w, k, v, a, b))
+    initial = initial_state(start, (*k[:, 0].shape, v.shape[-1]), like=k)
+    chunks = Chunks(r.shape[1], chunk_size, documents, r.device)
+    r, w, k, v, a, b = (chunks.split(x) for x in (r, w, k, v, a, b))
 
-        decay = w.cumsum(dim=-2)  # [C, B, H, L, K], from the chunk's first token on
-        # a reads what the memory holds before the token's own decay.
-        before = decay - w
-        to_r, to_a = (chunks.since_begin(x, before).exp() for x in (decay, before))
-        products = decayed_products(
-            torch.stack([r, a], dim=-2),
-            torch.stack([decay, before], dim=-2),
-            torch.stack([k, b], dim=-2),
-            decay.unsqueeze(-2),
-        )  # [C, B, H, L, 2, L, 2]
-        products = products.masked_fill(~chunks.visible[..., :, None, :, None], 0.0)
-        (rk, rb), (ak, ab) = (x.unbind(-1) for x in products.unbind(-3))
+    decay = w.cumsum(dim=-2)  # [C, B, H, L, K], from the chunk's first token on
+    # a reads what the memory holds before the token's own decay.
+    before = decay - w
+    to_r, to_a = (chunks.since_begin(x, before).exp() for x in (decay, before))
+    products = decayed_products(
+        torch.stack([r, a], dim=-2),
+        torch.stack([decay, before], dim=-2),
+        torch.stack([k, b], dim=-2),
+        decay.unsqueeze(-2),
+    )  # [C, B, H, L, 2, L, 2]
+    products = products.masked_fill(~chunks.visible[..., :, None, :, None], 0.0)
+    (rk, rb), (ak, ab) = (x.unbind(-1) for x in products.unbind(-3))
 
-        found = solve_unit_lower(-ab, torch.cat([ak @ v, a * to_a], dim=-1))
-        U, W = found.split([v.shape[-1], k.shape[-1]], dim=-1)
-        to_end = (decay[..., -1:, :] - decay).exp()
-        last_b, last_k = (chunks.only_last(x * to_end) for x in (b, k))
-        decays = to_r[..., -1, :].unsqueeze(-1)
-        held, states, final = chunks.correct(decays, U, -W, last_b, last_k.mT @ v, initial)
+    found = solve_unit_lower(-ab, torch.cat([ak @ v, a * to_a], dim=-1))
+    U, W = found.split([v.shape[-1], k.shape[-1]], dim=-1)
+    to_end = (decay[..., -1:, :] - decay).exp()
+    last_b, last_k = (chunks.only_last(x * to_end) for x in (b, k))
+    decays = to_r[..., -1, :].unsqueeze(-1)
+    held, states, final = chunks.correct(decays, U, -W, last_b, last_k.mT @ v, initial)
 
-        # Between a token and itself nothing decays.
-        own = (r * b).sum(-1, keepdim=True) * held + (r * k).sum(-1, keepdim=True) * v
-        read = chunks.read(r * to_r, states, initial)
-        return chunks.join(read + rb @ held + rk @ v + own), final
+    # Between a token and itself nothing decays.
+    own = (r * b).sum(-1, keepdim=True) * held + (r * k).sum(-1, keepdim=True) * v
+    read = chunks.read(r * to_r, states, initial)
+    return chunks.join(read + rb @ held + rk @ v + own), final
 
 
 def fla_rwkv7(
@@ -117,14 +120,15 @@ def fla_rwkv7(
     a: Tensor,
     b: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the Triton kernels of fla, which want all but the decay in one dtype."""
     inputs = {"r": r, "w": w.float(), "k": k, "v": v, "a": a, "b": b}
     inputs = {name: x if name == "w" else x.to(v.dtype) for name, x in inputs.items()}
-    return run_fla(fla_function("ops.rwkv7", "chunk_rwkv7"), inputs, start, documents, scale=1.0)
+    return run_fla(fla_function(FLA), inputs, start, documents, scale=1.0)
 
 
+@at_least_fp32
 def rwkv7_step(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> Tensor:

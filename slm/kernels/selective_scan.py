@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slm.kernels.chunking import accumulation_dtype, initial_state
+from slm.kernels.backend import use_fla
+from slm.kernels.chunking import initial_state
+from slm.kernels.documents import Documents
+from slm.kernels.precision import at_least_fp32
+
+CHUNK_SIZE = 64
 
 
 def selective_scan(
@@ -30,15 +35,17 @@ def selective_scan(
     B: Tensor,
     C: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By chunks, compiled on CUDA: fla has no such kernel. With `documents` [B, T] each begins
-    with `start`.
+    """By chunks, compiled on CUDA. Each of `documents` begins with `start`.
 
     Returns (y [B, T, I], the state after each row's last token).
     """
-    run = _compiled() if x.is_cuda else chunk_selective_scan
-    return run(x, dt, A, B, C, start, documents)
+    use_fla("selective_scan", x, None)
+    if x.is_cuda:
+        # Chunks are whole, so that rows of any length share the compiled loop.
+        return _compiled()(x, dt, A, B, C, start, documents)
+    return chunk_selective_scan(x, dt, A, B, C, start, documents, min(CHUNK_SIZE, x.shape[1]))
 
 
 @functools.cache
@@ -46,11 +53,11 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(chunk_selective_scan)
 
 
+@at_least_fp32
 def recurrent_selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token by token, as the recurrence is written. Returns (y [B, T, I], final state)."""
-    x, dt, A, B, C = (y.to(accumulation_dtype(y)) for y in (x, dt, A, B, C))
     state = initial_state(start, (len(x), *A.shape), like=x)
     outputs = []
     for t in range(x.shape[1]):
@@ -60,6 +67,7 @@ def recurrent_selective_scan(
     return torch.stack(outputs, dim=1), state
 
 
+@at_least_fp32
 def chunk_selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -67,38 +75,35 @@ def chunk_selective_scan(
     B: Tensor,
     C: Tensor,
     start: Tensor | None = None,
-    documents: Tensor | None = None,
-    chunk_size: int = 64,
+    documents: Documents | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """All chunks at once, token by token: L steps on tensors of C chunks instead of T small ones.
 
     Each channel decays at N rates of its own, so there is no product of matrices to be had.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (y.to(accumulation_dtype(y)) for y in (x, dt, A, B, C))
-        batch_size, num_tokens = x.shape[:2]
-        chunk_size = min(chunk_size, num_tokens)
-        padding = -num_tokens % chunk_size
+    batch_size, num_tokens = x.shape[:2]
+    padding = -num_tokens % chunk_size
 
-        def split(y: Tensor) -> Tensor:
-            """[B, T, D] -> [L, C, B, D], padded with zeros: a step size of zero changes nothing."""
-            y = F.pad(y, (0, 0, 0, padding)) if padding else y
-            return y.unflatten(1, (-1, chunk_size)).permute(2, 1, 0, 3)
+    def split(y: Tensor) -> Tensor:
+        """[B, T, D] -> [L, C, B, D], padded with zeros: a step size of zero changes nothing."""
+        y = F.pad(y, (0, 0, 0, padding)) if padding else y
+        return y.unflatten(1, (-1, chunk_size)).permute(2, 1, 0, 3)
 
-        initial = initial_state(start, (batch_size, *A.shape), like=x)
-        decays = (split(dt).unsqueeze(-1) * A).exp()  # [L, C, B, I, N]
-        writes = split(dt * x).unsqueeze(-1) * split(B).unsqueeze(-2)
-        if documents is not None:
-            opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-            opens = split(opens.unsqueeze(-1)).unsqueeze(-1)
-            writes = writes + torch.where(opens, decays * initial, 0.0)
-            decays = decays.masked_fill(opens, 0.0)
+    initial = initial_state(start, (batch_size, *A.shape), like=x)
+    decays = (split(dt).unsqueeze(-1) * A).exp()  # [L, C, B, I, N]
+    writes = split(dt * x).unsqueeze(-1) * split(B).unsqueeze(-2)
+    if documents is not None:
+        opens = split(documents.begins.unsqueeze(-1)).unsqueeze(-1)
+        writes = writes + torch.where(opens, decays * initial, 0.0)
+        decays = decays.masked_fill(opens, 0.0)
 
-        states = _Scan.apply(decays, writes, initial)
-        y = (states @ split(C).unsqueeze(-1)).squeeze(-1)
-        return y.permute(2, 1, 0, 3).flatten(1, 2)[:, :num_tokens], states[-1, -1]
+    states = _Scan.apply(decays, writes, initial)
+    y = (states @ split(C).unsqueeze(-1)).squeeze(-1)
+    return y.permute(2, 1, 0, 3).flatten(1, 2)[:, :num_tokens], states[-1, -1]
 
 
+@at_least_fp32
 def selective_scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> Tensor:

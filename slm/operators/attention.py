@@ -31,6 +31,7 @@ class AttentionConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "attention"
+    short_name: ClassVar[str] = "A"
 
     head_dim: int = 64
     query_groups: int = 1
@@ -127,6 +128,7 @@ class KeyValueCache(State):
         self.position = torch.zeros(batch_size, dtype=torch.int64, device=keys.device)
         self.rows = torch.arange(batch_size, device=keys.device)
         self.places = torch.arange(self.num_places, device=keys.device)
+        self.has_fixed_shapes = False
         self._forget()
 
     def _forget(self) -> None:
@@ -137,7 +139,13 @@ class KeyValueCache(State):
     @property
     def num_used(self) -> int:
         """Places in use, at most."""
+        if self.has_fixed_shapes:
+            return self.num_places
         return min(self.max_position, self.num_places)
+
+    def fix_shapes(self) -> None:
+        """Attend to all places from now on, whatever is stored in them."""
+        self.has_fixed_shapes = True
 
     def tensors(self) -> list[Tensor]:
         """Keys, values and positions."""
@@ -196,8 +204,8 @@ class KeyValueCache(State):
         self.min_position += 1
         self.max_position += 1
         used = slice(self.num_used)
-        is_ragged = self.min_position < self.max_position
-        visible = self.places[used] < self.position[:, None] if is_ragged else None
+        is_masked = self.has_fixed_shapes or self.min_position < self.max_position
+        visible = self.places[used] < self.position[:, None] if is_masked else None
         return self.keys[:, used], self.values[:, used], visible
 
 
@@ -224,10 +232,10 @@ class Attention(Operator):
         self, x: Tensor, sequence: Sequence, start: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """See `Operator.scan`. The memory returned holds the new tokens only."""
-        num_tokens = x.shape[1]
+        num_tokens, documents = x.shape[1], sequence.documents
         place = torch.arange(num_tokens, device=x.device).unsqueeze(0)
         first = place.new_zeros(1) if start is None else start.next_position
-        positions = first[:, None] + (place if sequence.ages is None else sequence.ages)
+        positions = first[:, None] + (place if documents is None else documents.ages)
         q, k, v = self._project(x, positions)
 
         least = 0 if start is None else start.least_position
@@ -269,7 +277,8 @@ class Attention(Operator):
         sees_all = config.num_seen(num_tokens) == num_tokens
         if start is None and sequence.documents is None and sees_all:
             return attention(q, new.keys, new.values, None)
-        keys = Keys(new.keys, new.values, new.positions, sequence.documents)
+        numbers = None if sequence.documents is None else sequence.documents.numbers
+        keys = Keys(new.keys, new.values, new.positions, numbers)
         before = None
         if start is not None:
             before = Keys(start.keys.to(q.dtype), start.values.to(q.dtype), start.positions)

@@ -16,33 +16,24 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
+
+from slm.kernels.documents import Documents
 
 
 @dataclass(frozen=True)
 class Sequence:
     """How the tokens of a batch hang together.
 
-    documents: [B, T] int64, changes where a new document begins; None: each row is one document.
+    documents: where documents begin; None: each row is one.
     lengths: [B] int64, real tokens of each row, the rest being padding; None: all are real.
     """
 
-    documents: Tensor | None = None
+    documents: Documents | None = None
     lengths: Tensor | None = None
-
-    @cached_property
-    def ages(self) -> Tensor | None:
-        """[B, T] int64: tokens of the same document before each token; None without documents."""
-        if self.documents is None:
-            return None
-        place = torch.arange(self.documents.shape[1], device=self.documents.device)
-        begins = self.documents[:, 1:] != self.documents[:, :-1]
-        begins = nn.functional.pad(begins, (1, 0), value=True)
-        return place - torch.where(begins, place, 0).cummax(dim=1).values
 
     def is_real(self, num_tokens: int) -> Tensor | None:
         """[B, T] bool: false for padding; None when there is none."""
@@ -70,6 +61,12 @@ class State:
         """Forget everything, in place."""
         for tensor in self.tensors():
             tensor.zero_()
+
+    def fix_shapes(self) -> None:
+        """Let all steps from now on compute on the same shapes, so that one can be captured.
+
+        A captured step is replayed without the host, which must not have to know anything.
+        """
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes row index[b], in place (beam search)."""
@@ -111,9 +108,14 @@ class RecurrentState(State):
 
 @dataclass(frozen=True)
 class OperatorConfig:
-    """Everything about an operator that decides shapes, apart from the width of the model."""
+    """Everything about an operator that decides shapes, apart from the width of the model.
+
+    name: what it is called in a model's text. short_name: a letter or two in tables of results;
+        empty: the name itself.
+    """
 
     name: ClassVar[str]
+    short_name: ClassVar[str] = ""
 
     def problems(self, width: int) -> list[str]:
         """Why this operator cannot be built at this width; empty when it can."""
@@ -146,11 +148,14 @@ class Operator(nn.Module):
 
     reads, writes: names of the matrices that read from, or write to, the residual stream; the
         former hold the width on their last axis, the latter on their first.
+    undecayed: names of the parameters with two axes that weight decay leaves alone, such as the
+        rates at which states decay. Of all others those with two axes decay.
     """
 
     config_class: ClassVar[type[OperatorConfig]]
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     def reset_parameters(self) -> None:
         """Initialise what shall begin otherwise than the model has it.
@@ -184,16 +189,24 @@ class Operator(nn.Module):
 
 OPERATORS: dict[str, type[Operator]] = {}
 
+# What an operator has to have, in its config and in its module.
+CONFIG_PARTS = ("name", "problems", "parameters", "flops_per_token", "state_bytes")
+MODULE_PARTS = ("scan", "step", "init_state")
+
 OperatorType = TypeVar("OperatorType", bound=type[Operator])
 
 
 def register(config_class: type[OperatorConfig]) -> Callable[[OperatorType], OperatorType]:
     """Class decorator: make an operator known by its config's name.
 
-    Raises ValueError if the name is taken by another operator.
+    Raises ValueError if either class lacks something, or another operator has the name.
     """
 
     def add(module_class: OperatorType) -> OperatorType:
+        missing = _missing(config_class, OperatorConfig, CONFIG_PARTS)
+        missing += _missing(module_class, Operator, MODULE_PARTS)
+        if missing:
+            raise ValueError(f"an operator needs {', '.join(missing)}")
         name = config_class.name
         known = OPERATORS.get(name)
         if known is not None and _place(known) != _place(module_class):
@@ -203,6 +216,15 @@ def register(config_class: type[OperatorConfig]) -> Callable[[OperatorType], Ope
         return module_class
 
     return add
+
+
+def _missing(cls: type, interface: type, parts: tuple[str, ...]) -> list[str]:
+    """'Class.part' of each part of an interface that a class leaves to it."""
+    return [
+        f"{cls.__name__}.{part}"
+        for part in parts
+        if getattr(cls, part, None) in (None, getattr(interface, part, None))
+    ]
 
 
 def _place(cls: type) -> tuple[str, str]:

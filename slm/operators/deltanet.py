@@ -34,6 +34,7 @@ class DeltaNetConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "deltanet"
+    short_name: ClassVar[str] = "D"
 
     head_dim: int = 64
     conv_width: int = 4
@@ -89,7 +90,7 @@ class DeltaNet(Operator):
         inputs, beta = self.qkv_proj(x), self.beta_proj(x).sigmoid()
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         weight = self.convolution.weight.squeeze(1)
-        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.ages))
+        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.documents))
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             beta = beta * is_real.unsqueeze(-1)
@@ -104,7 +105,7 @@ class DeltaNet(Operator):
         inputs, beta = self.qkv_proj(x), self.beta_proj(x).sigmoid()
         weight = self.convolution.weight.squeeze(1)
         q, k, v = self._split(causal_convolution_step(inputs, weight, None, state.tail))
-        y = delta_rule_step(q, k, v.float(), beta.float(), state.matrix)
+        y = delta_rule_step(q, k, v, beta, state.matrix)
         return self._output(y, x.dtype)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

@@ -24,6 +24,7 @@ class FFNConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "ffn"
+    short_name: ClassVar[str] = "F"
 
     ratio: float = 3.0
     multiple_of: int = 32

@@ -37,6 +37,7 @@ class GatedDeltaNetConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "gated_deltanet"
+    short_name: ClassVar[str] = "GD"
 
     head_dim: int = 64
     expand_v: float = 2.0
@@ -117,7 +118,7 @@ class GatedDeltaNet(Operator):
         inputs, gate, g, beta = self._project(x)
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         weight = self.convolution.weight.squeeze(1)
-        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.ages))
+        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.documents))
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             g, beta = g * is_real.unsqueeze(-1), beta * is_real.unsqueeze(-1)
@@ -132,7 +133,7 @@ class GatedDeltaNet(Operator):
         inputs, gate, g, beta = self._project(x)
         weight = self.convolution.weight.squeeze(1)
         q, k, v = self._split(causal_convolution_step(inputs, weight, None, state.tail))
-        y = gated_delta_rule_step(q, k, v.float(), g, beta, state.matrix)
+        y = gated_delta_rule_step(q, k, v, g, beta, state.matrix)
         return self._output(y, gate)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

@@ -39,6 +39,7 @@ class GLAConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "gla"
+    short_name: ClassVar[str] = "GLA"
 
     head_dim: int = 64
     expand_k: float = 0.5
@@ -112,7 +113,7 @@ class GLA(Operator):
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """See `Operator.step`."""
         q, k, v, gate, g = self._project(x)
-        y = gla_step(q.float(), k.float(), v.float(), g, state.matrix)
+        y = gla_step(q, k, v, g, state.matrix)
         return self._output(y, gate)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

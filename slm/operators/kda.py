@@ -37,6 +37,7 @@ class KDAConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "kda"
+    short_name: ClassVar[str] = "KDA"
 
     head_dim: int = 128
     conv_width: int = 4
@@ -107,7 +108,7 @@ class KDA(Operator):
         inputs, g, beta, gate = self._project(x)
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         weight = self.convolution.weight.squeeze(1)
-        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.ages))
+        q, k, v = self._split(causal_convolution(inputs, weight, None, tail, sequence.documents))
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             g, beta = g * is_real[..., None, None], beta * is_real.unsqueeze(-1)
@@ -122,7 +123,7 @@ class KDA(Operator):
         inputs, g, beta, gate = self._project(x)
         weight = self.convolution.weight.squeeze(1)
         q, k, v = self._split(causal_convolution_step(inputs, weight, None, state.tail))
-        y = kda_step(q, k, v.float(), g, beta.float(), state.matrix)
+        y = kda_step(q, k, v, g, beta, state.matrix)
         return self._output(y, gate)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

@@ -38,6 +38,7 @@ class LinearAttentionConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "linear_attention"
+    short_name: ClassVar[str] = "LA"
 
     head_dim: int = 64
     feature_map: str = "elementwise_product"
@@ -109,7 +110,7 @@ class LinearAttention(Operator):
     def step(self, x: Tensor, state: RecurrentState) -> Tensor:
         """See `Operator.step`."""
         q, k, v = self._project(x)
-        y = linear_attention_step(q.float(), k.float(), v.float(), state.matrix)
+        y = linear_attention_step(q, k, v, state.matrix)
         return self._output(y, x.dtype)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:
@@ -134,13 +135,13 @@ class LinearAttention(Operator):
 class ElementwiseProduct(nn.Module):
     """φ(x) = (W₁ x + b₁) ⊙ (W₂ x + b₂), with its own weights for queries and for keys.
 
-    All heads share them.
+    All heads share them. Below each other stand W₁, W₂ of queries, then W₁, W₂ of keys.
     """
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, 2 * head_dim, head_dim))
-        self.bias = nn.Parameter(torch.empty(2, 2 * head_dim))
+        self.weight = nn.Parameter(torch.empty(4 * head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(4 * head_dim))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -152,9 +153,8 @@ class ElementwiseProduct(nn.Module):
 
     def forward(self, qk: Tensor) -> Tensor:
         """Features [..., 2, H, K] of queries and keys [..., 2, H, K]."""
-        left, right = (
-            torch.einsum("...shk,sjk->...shj", qk, self.weight) + self.bias.unsqueeze(1)
-        ).chunk(2, dim=-1)
+        weight, bias = self.weight.unflatten(0, (2, -1)), self.bias.unflatten(0, (2, 1, -1))
+        left, right = (torch.einsum("...shk,sjk->...shj", qk, weight) + bias).chunk(2, dim=-1)
         return left * right
 
 

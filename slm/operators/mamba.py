@@ -35,6 +35,7 @@ class MambaConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "mamba"
+    short_name: ClassVar[str] = "M"
 
     expand: int = 2
     state_size: int = 16
@@ -81,6 +82,7 @@ class Mamba(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("out_proj.weight",)
+    undecayed = ("A_log",)
 
     def __init__(self, config: MambaConfig, width: int) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ class Mamba(Operator):
         inputs, gate = self.in_proj(x).chunk(2, dim=-1)
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         weight, bias = self.convolution.weight.squeeze(1), self.convolution.bias
-        mixed = F.silu(causal_convolution(inputs, weight, bias, tail, sequence.ages))
+        mixed = F.silu(causal_convolution(inputs, weight, bias, tail, sequence.documents))
         dt, A, B, C = self._select(mixed)
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
@@ -130,7 +132,7 @@ class Mamba(Operator):
         weight, bias = self.convolution.weight.squeeze(1), self.convolution.bias
         mixed = F.silu(causal_convolution_step(inputs, weight, bias, state.tail))
         dt, A, B, C = self._select(mixed)
-        y = selective_scan_step(mixed.float(), dt, A, B.float(), C.float(), state.matrix)
+        y = selective_scan_step(mixed, dt, A, B, C, state.matrix)
         return self._output(y, mixed, gate)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

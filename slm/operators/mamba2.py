@@ -36,6 +36,7 @@ class Mamba2Config(OperatorConfig):
     """
 
     name: ClassVar[str] = "mamba2"
+    short_name: ClassVar[str] = "M2"
 
     expand: int = 2
     head_dim: int = 64
@@ -120,13 +121,13 @@ class Mamba2(Operator):
         gate, inputs, dt = self._project(x)
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         weight, bias = self.convolution.weight.squeeze(1), self.convolution.bias
-        mixed = F.silu(causal_convolution(inputs, weight, bias, tail, sequence.ages))
+        mixed = F.silu(causal_convolution(inputs, weight, bias, tail, sequence.documents))
         v, k, q = self._split(mixed)
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
             dt = dt * is_real.unsqueeze(-1)
         y, matrix = ssd(
-            q, k, v * dt.unsqueeze(-1), -dt * self.A_log.exp(), matrix, sequence.documents
+            q, k, v * dt.unsqueeze(-1), -dt * self.A_log.float().exp(), matrix, sequence.documents
         )
         memory = Recurrence(
             matrix, new_tail(inputs, tail, self.config.conv_width, sequence.lengths)
@@ -140,10 +141,10 @@ class Mamba2(Operator):
         mixed = F.silu(causal_convolution_step(inputs, weight, bias, state.tail))
         v, k, q = self._split(mixed)
         y = ssd_step(
-            q.float(),
-            k.float(),
+            q,
+            k,
             v * dt.unsqueeze(-1),
-            -dt * self.A_log.exp(),
+            -dt * self.A_log.float().exp(),
             state.matrix,
         )
         return self._output(y, v, gate)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from slm.kernels.chunking import accumulation_dtype
+from slm.kernels.precision import accumulation_dtype
 
 
 def unit(x: Tensor) -> Tensor:

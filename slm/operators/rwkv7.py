@@ -38,6 +38,7 @@ class RWKV7Config(OperatorConfig):
     """
 
     name: ClassVar[str] = "rwkv7"
+    short_name: ClassVar[str] = "R7"
 
     head_dim: int = 64
 
@@ -144,9 +145,8 @@ class RWKV7(Operator):
         matrix, tail = (None, None) if start is None else (start.matrix, start.tail)
         padded = with_tail(x, tail, 2)
         previous = padded[:, :-1]
-        if sequence.ages is not None:
-            is_first = (sequence.ages == 0).unsqueeze(-1)
-            previous = torch.where(is_first, padded[:, :1], previous)
+        if sequence.documents is not None:
+            previous = torch.where(sequence.documents.begins.unsqueeze(-1), padded[:, :1], previous)
         r, w, k, v, a, b, gate = self._project(x, previous)
         is_real = sequence.is_real(x.shape[1])
         if is_real is not None:
@@ -159,7 +159,7 @@ class RWKV7(Operator):
         """See `Operator.step`."""
         r, w, k, v, a, b, gate = self._project(x, state.tail.squeeze(1))
         state.tail.copy_(x.unsqueeze(1))
-        y = rwkv7_step(r.float(), w, k.float(), v.float(), a, b, state.matrix)
+        y = rwkv7_step(r, w, k, v, a, b, state.matrix)
         return self._output(y, r, k, v, gate)
 
     def init_state(self, batch_size: int, max_tokens: int) -> RecurrentState:

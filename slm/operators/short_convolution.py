@@ -22,6 +22,7 @@ class ShortConvolutionConfig(OperatorConfig):
     """
 
     name: ClassVar[str] = "short_convolution"
+    short_name: ClassVar[str] = "SC"
 
     conv_width: int = 3
 
@@ -82,7 +83,7 @@ class ShortConvolution(Operator):
         B, C, x = self.in_proj(x).chunk(3, dim=-1)
         inputs = B * x
         weight = self.convolution.weight.squeeze(1)
-        mixed = causal_convolution(inputs, weight, None, start, sequence.ages)
+        mixed = causal_convolution(inputs, weight, None, start, sequence.documents)
         memory = new_tail(inputs, start, self.config.conv_width, sequence.lengths)
         return self.out_proj(C * mixed), memory
 

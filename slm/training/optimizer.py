@@ -10,6 +10,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from slm import weight_norm
+from slm.operators import Operator
 from slm.training.config import OptimizerConfig
 
 
@@ -21,15 +22,21 @@ def build_optimizer(
 ) -> tuple[Optimizer, LambdaLR]:
     """Optimizer of `model`, and its schedule, to be stepped once per optimizer step.
 
-    Only matrices decay: not norms, biases, convolutions and the like, nor the rates A at which
-    states decay, which Mamba has one of per channel and state. With `config.weight_norm`
-    the model is projected at once and after each step. `time_used` gives the fraction of a time
-    budget that is used up; the cosine follows it when it runs ahead of the steps.
+    Only matrices decay: not norms, biases, convolutions and the like, nor what an operator keeps
+    from it (`Operator.undecayed`). With `config.weight_norm` the model is projected at once and
+    after each step. `time_used` gives the fraction of a time budget that is used up; the cosine
+    follows it when it runs ahead of the steps.
     """
+    undecayed = {
+        module.get_parameter(name)
+        for module in model.modules()
+        if isinstance(module, Operator)
+        for name in module.undecayed
+    }
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim == 2 and not name.endswith("A_log")
+    for parameter in model.parameters():
+        decays = parameter.ndim == 2 and parameter not in undecayed
         (matrices if decays else others).append(parameter)
     kind = AdamW if config.name == "adamw" else Adam
     optimizer = kind(

@@ -85,6 +85,15 @@ def test_an_ffn_follows_each_mixer_but_mamba() -> None:
     assert blocks["mamba", "mamba2"] == ["mamba", "mamba2", "ffn"]
 
 
+def test_what_no_ffn_follows_is_the_users_to_say() -> None:
+    operators = "space.operators=[gla,deltanet,mamba,'mamba(state_size=4)']"
+    space = compose_study(operators, "space.without_ffn=[gla,'mamba(state_size=4)']").space
+    without = [a.block_text(space) for a in space.arrangements() if len(a.block(space)) == 1]
+    assert without == ["gla", "mamba(state_size=4)"]
+    space = compose_study(operators, "space.without_ffn=[]").space
+    assert all(len(a.block(space)) >= 2 for a in space.arrangements())
+
+
 @pytest.mark.parametrize("overrides", [(), ("experiment=operator_study_small",)])
 def test_parameters_are_equal_for_every_operator(overrides) -> None:
     config = compose_study(*overrides)
@@ -186,8 +195,12 @@ def test_every_problem_of_a_config_is_said() -> None:
             "space.ffn=deltanet",
             "space.max_width=8",
             "proxy.rung_tokens=[1]",
+            "seeds=[1,1]",
+            "parameters=0",
         )
     problems = "\n".join(error.value.problems)
+    assert "seeds: must differ, got [1, 1]" in problems
+    assert "parameters: must be greater than 0, got 0" in problems
     assert "space.max_width: must be >= min_width 64, got 8" in problems
     assert "space.operators: operator 'atention' is unknown" in problems
     assert "space.ffn: must be an ffn, got 'deltanet'" in problems
@@ -201,6 +214,8 @@ def test_every_problem_of_a_config_is_said() -> None:
         ("seeds=[1,1]", "seeds: must differ, got [1, 1]"),
         ("space.partners=some", "space.partners: must be 'all' or a list, got 'some'"),
         ("space.operators=[]", "space.operators: must not be empty"),
+        ("space.without_ffn=[mamba3]", "space.without_ffn: operator 'mamba3' is unknown"),
+        ("space.without_ffn=[ffn]", "space.without_ffn: must be mixers, got 'ffn'"),
         ("space.operators=[ffn]", "space.operators: must be mixers, got 'ffn'"),
         (
             'space.operators=["deltanet(head_dim=100)"]',

@@ -10,6 +10,7 @@ from search.space import SearchSpace, SpaceConfig
 from slm.architecture import Architecture
 from slm.config import ConfigError, compose, read
 from slm.model_config import ModelConfig
+from slm.operators import parse_operator
 
 SPACE = SearchSpace(space_config())
 ONE_MIXER = SearchSpace(
@@ -136,6 +137,12 @@ def test_short_form_groups_equal_blocks():
     genotype = Genotype.from_sequence([delta, delta, attention])
     assert SPACE.short_form(genotype) == "2×[D F] [A F F]"
     assert SPACE.legend["attention(head_dim=16,window=8)"] == "W"
+    assert SPACE.legend[MAMBA2] == "M2"
+
+
+def test_an_operator_without_a_short_name_is_called_by_its_name(monkeypatch):
+    monkeypatch.setattr(type(parse_operator(DELTANET)), "short_name", "")
+    assert SearchSpace(space_config()).legend[DELTANET] == "deltanet"
 
 
 def test_widest_that_meets_the_target():

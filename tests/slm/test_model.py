@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slm.architecture import Architecture
 from slm.model import LanguageModel
@@ -34,7 +35,8 @@ T = 100
 @pytest.fixture(params=[(name, meta) for name in OPERATORS for meta in (0, 5)], ids=str)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     name, meta_tokens = request.param
-    torch.manual_seed(0)
+    # Not 0: there a first query and key are orthogonal but for 5e-5, and norms blow that up.
+    torch.manual_seed(1)
     model = LanguageModel(
         Architecture.parse(f"width=32 vocab_size=60 meta_tokens={meta_tokens} | {OPERATORS[name]}")
     )
@@ -73,6 +75,36 @@ def test_prefill_and_steps_equal_forward(model: LanguageModel, tokens: Tensor, p
     assert_close(model.prefill(tokens[:, :prompt], state), expected[:, prompt - 1])
     for t in range(prompt, prompt + 20):
         assert_close(model.step(tokens[:, t], state), expected[:, t])
+
+
+def test_steps_of_one_shape_equal_forward(model: LanguageModel, tokens: Tensor) -> None:
+    expected = model(tokens).detach()
+    state = model.init_state(batch_size=2, max_tokens=T)
+    model.prefill(tokens[:, :4], state)
+    state.fix_shapes()
+    shapes = set()
+    for t in range(4, 30):
+        with ShapeLog() as log:
+            logits = model.step(tokens[:, t], state)
+        assert_close(logits, expected[:, t])
+        shapes.add(tuple(log.shapes))
+    assert len(shapes) == 1
+    state.reset()
+    assert_close(model.prefill(tokens[:, :4], state), expected[:, 3])
+
+
+class ShapeLog(TorchDispatchMode):
+    """The shapes that every operation of torch gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.shapes.append(tuple(result.shape))
+        return result
 
 
 def test_prefill_in_pieces_equals_forward(model: LanguageModel, tokens: Tensor) -> None:
@@ -115,6 +147,20 @@ def test_reorder_moves_rows(model: LanguageModel, tokens: Tensor) -> None:
     assert_close(logits, expected[[1, 1], 20])
 
 
+def test_reorder_swaps_rows_of_different_lengths(model: LanguageModel, tokens: Tensor) -> None:
+    expected = model(tokens).detach()
+    rows, lengths = torch.arange(2), torch.tensor([3, 40])
+    state = model.init_state(batch_size=2, max_tokens=T)
+    model.prefill(tokens[:, :40], state, lengths)
+    # The short row has yet to fill the window when they are swapped first, not when next.
+    for t in range(20):
+        if t % 8 == 1:
+            state.reorder(torch.tensor([1, 0]))
+            rows = rows.flip(0)
+        places = lengths[rows] + t
+        assert_close(model.step(tokens[rows, places], state), expected[rows, places])
+
+
 def test_packed_documents_equal_separate_ones(model: LanguageModel, tokens: Tensor) -> None:
     cuts = [[0, 1, 5, 64, 66, T], [0, 70, 75, 78, 99, T]]
     packed = model(tokens, cut_documents(cuts)).detach()
@@ -122,6 +168,12 @@ def test_packed_documents_equal_separate_ones(model: LanguageModel, tokens: Tens
         for begin, end in itertools.pairwise(cut):
             alone = model(tokens[row : row + 1, begin:end])[0].detach()
             assert_close(packed[row, begin:end], alone)
+
+
+def test_documents_are_told_by_where_ids_change(model: LanguageModel, tokens: Tensor) -> None:
+    ids = cut_documents([[0, 30, 41, T], [0, 64, 66, T]])
+    # The third document has the first one's number again.
+    assert torch.equal(model(tokens, ids % 2), model(tokens, ids))
 
 
 def test_packed_gradients_equal_separate_ones(model: LanguageModel, tokens: Tensor) -> None:

@@ -21,10 +21,24 @@ from slm.operators.base import Operator, OperatorConfig, register
 class {name}Config(OperatorConfig):
     name: ClassVar[str] = "{operator}"
     size: int = 3
+    problems = parameters = flops_per_token = state_bytes = lambda *_: None
 
 @register({name}Config)
 class {name}(Operator):
-    pass
+    scan = step = init_state = lambda *_: None
+"""
+
+INCOMPLETE = """
+from dataclasses import dataclass
+from slm.operators.base import Operator, OperatorConfig, register
+
+@dataclass(frozen=True)
+class HalfConfig(OperatorConfig):
+    problems = lambda *_: []
+
+@register(HalfConfig)
+class Half(Operator):
+    step = lambda *_: None
 """
 
 
@@ -92,17 +106,25 @@ def test_the_digest_follows_the_source_that_was_imported(
         ("bad.py", "\nx = 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
         ("bad.py", "def f(:\n", "SyntaxError: invalid syntax (bad.py, line 1)"),
         ("bad.py", "import no_such_module\n", "line 1: ModuleNotFoundError: No module named "),
+        ("bad.py", "import sys\nsys.exit(3)\n", "line 2: SystemExit: 3"),
+        (
+            "bad.py",
+            INCOMPLETE,
+            "line 9: ValueError: an operator needs HalfConfig.name, HalfConfig.parameters, "
+            "HalfConfig.flops_per_token, HalfConfig.state_bytes, Half.scan, Half.init_state",
+        ),
         ("bad-name.py", "", "a module's name has letters, digits and _ only; rename the file"),
         ("random.py", "", "'random' is another module, "),
         ("slm.py", "", "'slm' is another module, "),
         (
             "bad.py",
             SOURCE.format(operator="ffn", name="Mine"),
-            "line 11: ValueError: operator name 'ffn' is taken by FFN",
+            "line 12: ValueError: operator name 'ffn' is taken by slm.operators.ffn.FFN",
         ),
         (
             "bad.py",
-            SOURCE.format(operator="mine", name="Mine") + SOURCE.format(operator="ffn", name="FFN"),
+            SOURCE.format(operator="mine", name="Mine")
+            + "from slm.operators import OPERATORS\nOPERATORS['ffn'] = Mine\n",
             "ValueError: operator name 'ffn' is taken by slm.operators.ffn",
         ),
     ],

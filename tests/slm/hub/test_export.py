@@ -182,6 +182,15 @@ class ScaleConfig(OperatorConfig):
     def problems(self, width):
         return []
 
+    def parameters(self, width):
+        return width
+
+    def flops_per_token(self, width, context):
+        return float(width)
+
+    def state_bytes(self, width, context, bytes_per_value):
+        return 0
+
 @register(ScaleConfig)
 class Scale(Operator):
     def __init__(self, config, width):

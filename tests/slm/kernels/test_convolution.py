@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slm.kernels.convolution import causal_convolution, causal_convolution_step, new_tail
+from slm.kernels.documents import Documents
 
 B = 2
 
@@ -32,8 +33,9 @@ def test_convolution_equals_torch_and_its_own_steps(width: int, has_bias: bool) 
 def test_convolution_of_packed_documents() -> None:
     x, weight, tail = torch.randn(1, 12, 5), torch.randn(5, 4), torch.randn(1, 3, 5)
     cuts = [0, 1, 3, 6, 12]
-    ages = torch.cat([torch.arange(n) for n in torch.tensor(cuts).diff()])[None]
-    packed = causal_convolution(x, weight, None, tail, ages)
+    begins = torch.zeros(1, 12, dtype=torch.bool)
+    begins[0, cuts[:-1]] = True
+    packed = causal_convolution(x, weight, None, tail, Documents(begins))
     for begin, end in itertools.pairwise(cuts):
         alone = causal_convolution(x[:, begin:end], weight, None, tail)
         torch.testing.assert_close(packed[:, begin:end], alone)

@@ -8,6 +8,8 @@ from numerics import relative_rms
 from recurrences import RECURRENCES, Recurrence, make_inputs, with_gradients
 from torch import Tensor
 
+from slm.kernels.documents import Documents
+
 LENGTHS = [1, 2, 63, 64, 65, 150]
 EXACT = 1e-11  # fp64: rounding only
 
@@ -54,7 +56,7 @@ def test_chunks_in_fp32_stay_close_to_the_truth(recurrence: Recurrence) -> None:
 
 def test_gradcheck(recurrence: Recurrence) -> None:
     inputs = [x.requires_grad_() for x in make_inputs(recurrence, 5, num_heads=2, key_size=4)]
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    documents = Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]]))
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return recurrence.chunk(*tensors, documents, 2)
@@ -80,12 +82,10 @@ def test_every_document_begins_with_the_initial_state(
     *inputs, start = make_inputs(recurrence, 37)
     start = start[:1]
     cuts = [[0, 1, 4, 20, 37], [0, 15, 16, 17, 37]]
-    documents = torch.stack(
-        [
-            torch.repeat_interleave(torch.arange(len(cut) - 1), torch.tensor(cut).diff())
-            for cut in cuts
-        ]
-    )
+    begins = torch.zeros(2, 37, dtype=torch.bool)
+    for row, cut in enumerate(cuts):
+        begins[row, cut[:-1]] = True
+    documents = Documents(begins)
     actual, final = recurrence.chunk(*inputs, start, documents, chunk_size)
     for row, cut in enumerate(cuts):
         for begin, end in itertools.pairwise(cut):
@@ -96,13 +96,18 @@ def test_every_document_begins_with_the_initial_state(
 
 
 def test_half_precision_is_computed_in_fp32_also_under_autocast(recurrence: Recurrence) -> None:
-    inputs = make_inputs(recurrence, 70, torch.bfloat16)
+    *inputs, start = make_inputs(recurrence, 70, torch.bfloat16)
+    start = start.float()
+    expected, final = recurrence.recurrent(*(x.double() for x in inputs), start.double())
     with torch.autocast("cpu", torch.bfloat16):
-        output, state = recurrence.chunk(*inputs)
-    expected, final = recurrence.recurrent(*(x.double() for x in inputs))
-    assert output.dtype == state.dtype == torch.float32
-    assert relative_rms(output, expected) < 3e-6
-    assert relative_rms(state, final) < 3e-6
+        chunked = recurrence.chunk(*inputs, start)
+        token_by_token = recurrence.recurrent(*inputs, start)
+        state = start.clone()
+        steps = [recurrence.step(*recurrence.token(inputs, t), state) for t in range(70)]
+    for output, last in (chunked, token_by_token, (torch.stack(steps, 1), state)):
+        assert output.dtype == last.dtype == torch.float32
+        assert relative_rms(output, expected) < 3e-6
+        assert relative_rms(last, final) < 3e-6
 
 
 def test_the_future_does_not_matter(recurrence: Recurrence) -> None:
@@ -121,7 +126,7 @@ def test_the_selective_scan_compiles_whole() -> None:
     recurrence = RECURRENCES["selective_scan"]
     inputs = make_inputs(recurrence, 11)
     weights = make_weights(recurrence, inputs)
-    documents = torch.tensor([[0] * 11, [0] * 6 + [1] * 5])
+    documents = Documents.from_ids(torch.tensor([[0] * 11, [0] * 6 + [1] * 5]))
     options = {"documents": documents, "chunk_size": 4}
     expected = with_gradients(recurrence.chunk, inputs, weights, **options)
     torch._dynamo.reset()

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_interpreter import LAST, Interpreter
 
 from slm.kernels.convolution import fla_causal_convolution, torch_causal_convolution
+from slm.kernels.documents import Documents
 
 WITH_KERNEL = [name for name, each in RECURRENCES.items() if each.fla is not None]
 kernels = pytest.mark.parametrize("name", WITH_KERNEL)
@@ -28,7 +29,7 @@ def last_tiling() -> Iterator[Interpreter]:
 
 
 def run_kernel(
-    name: str, inputs: list[Tensor], weights: tuple[Tensor, ...], documents: Tensor | None
+    name: str, inputs: list[Tensor], weights: tuple[Tensor, ...], documents: Documents | None
 ) -> list[Tensor]:
     """What the kernel gives, with every gradient; runs where the interpreter is."""
     torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote with NaN
@@ -41,11 +42,11 @@ def assert_agree(
     interpreter: Interpreter,
     name: str,
     dtype: torch.dtype,
-    documents: Tensor | None,
+    documents: Documents | None,
     tolerance: float,
 ) -> None:
     recurrence = RECURRENCES[name]
-    batch_size = 1 if documents is None else len(documents)
+    batch_size = 1 if documents is None else len(documents.begins)
     inputs = make_inputs(recurrence, T, dtype, **{**SIZES, "batch_size": batch_size})
     weights = tuple(torch.randn_like(x) for x in recurrence.chunk(*inputs, documents=documents))
     actual = interpreter.run(run_kernel, name, inputs, weights, documents)
@@ -74,17 +75,19 @@ def test_bf16(interpreter: Interpreter, name: str) -> None:
 
 @kernels
 def test_documents(interpreter: Interpreter, name: str) -> None:
-    begins = torch.zeros(2, T, dtype=torch.int64)
-    begins[0, [1, 30]] = begins[1, 64] = 1
-    assert_agree(interpreter, name, torch.float32, begins.cumsum(1), 1e-5)
+    begins = torch.zeros(2, T, dtype=torch.bool)
+    begins[:, 0] = begins[0, [1, 30]] = begins[1, 64] = True
+    assert_agree(interpreter, name, torch.float32, Documents(begins), 1e-5)
 
 
-def run_convolution(inputs: list[Tensor], weight: Tensor, ages: Tensor | None) -> list[Tensor]:
+def run_convolution(
+    inputs: list[Tensor], weight: Tensor, documents: Documents | None
+) -> list[Tensor]:
     """As `run_kernel`, of the short convolution."""
     torch.use_deterministic_algorithms(True)
 
     def convolve(*tensors: Tensor) -> tuple[Tensor]:
-        return (fla_causal_convolution(*tensors, ages),)
+        return (fla_causal_convolution(*tensors, documents),)
 
     return with_gradients(convolve, inputs, (weight,))
 
@@ -94,15 +97,14 @@ def run_convolution(inputs: list[Tensor], weight: Tensor, ages: Tensor | None) -
 def test_convolution(interpreter: Interpreter, width: int, has_documents: bool) -> None:
     x, weight = torch.randn(2, T, 6), torch.randn(2, T, 6)
     inputs = [x, torch.randn(6, width), torch.randn(6), torch.randn(2, width - 1, 6)]
-    ages = None
-    if has_documents:
-        cuts = torch.tensor([[1, 2, 30, T - 33], [64, 5, 1, T - 70]])
-        ages = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in cuts])
+    begins = torch.zeros(2, T, dtype=torch.bool)
+    begins[:, 0] = begins[0, [1, 3, 33]] = begins[1, [64, 69, 70]] = True
+    documents = Documents(begins) if has_documents else None
 
     def convolve(*tensors: Tensor) -> tuple[Tensor]:
-        return (torch_causal_convolution(*tensors, ages),)
+        return (torch_causal_convolution(*tensors, documents),)
 
-    actual = interpreter.run(run_convolution, inputs, weight, ages)
+    actual = interpreter.run(run_convolution, inputs, weight, documents)
     expected = with_gradients(convolve, inputs, (weight,))
     names = ["output", *(f"gradient of {name}" for name in ("x", "weight", "bias", "tail"))]
     for what, theirs, ours in zip(names, actual, expected, strict=True):

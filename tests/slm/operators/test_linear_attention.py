@@ -34,8 +34,8 @@ def in_our_form(
         maps = (theirs.feature_map_q, theirs.feature_map_k)
         for name in ("weight", "bias"):
             parts = [(getattr(m.layer1, name), getattr(m.layer2, name)) for m in maps]
-            tensors[f"features.{name}"] = torch.stack(
-                [torch.cat([value(left), value(right)]) for left, right in parts]
+            tensors[f"features.{name}"] = torch.cat(
+                [value(part) for left_and_right in parts for part in left_and_right]
             )
     return tensors
 
@@ -101,8 +101,8 @@ def test_cost_is_exact(config: LinearAttentionConfig) -> None:
     operator = LinearAttention(config, WIDTH)
     assert config.parameters(WIDTH) == sum(p.numel() for p in operator.parameters())
     assert config.state_bytes(WIDTH, 9, 4) == state_bytes(operator)
-    # The write of each value of the state and its read are two operations each; every head of q
-    # and k passes the maps.
+    # The write of each value of the state and its read are two operations each; every head passes
+    # the maps.
     state = operator.init_state(1, 1).matrix
     expected = matrix_flops(operator) + 4 * state.numel()
     if isinstance(operator.features, ElementwiseProduct):

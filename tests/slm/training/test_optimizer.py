@@ -16,7 +16,8 @@ from slm.training.optimizer import build_optimizer, lr_factor
 
 def small_model() -> LanguageModel:
     torch.manual_seed(1)
-    operators = "mamba2(head_dim=16,state_size=8) ffn deltanet(head_dim=16) mamba(state_size=4)"
+    operators = "mamba2(head_dim=16,state_size=8) ffn deltanet(head_dim=16) mamba(state_size=4) "
+    operators += "linear_attention(head_dim=16)"
     return LanguageModel(Architecture.parse(f"width=32 vocab_size=40 meta_tokens=1 | {operators}"))
 
 
@@ -47,6 +48,7 @@ def test_equals_torch(name: str) -> None:
     decayed += [f"layers.2.operator.{part}_proj.weight" for part in ("qkv", "beta", "o")]
     decayed += [f"layers.3.operator.{part}_proj.weight" for part in ("in", "x", "out")]
     decayed += ["layers.3.operator.dt_weight"]
+    decayed += [f"layers.4.operator.{part}.weight" for part in ("qkv_proj", "features", "o_proj")]
     named = dict(theirs.named_parameters())
     groups = [
         {"params": [named[key] for key in decayed], "weight_decay": decay},
