@@ -343,7 +343,9 @@ def check_rows(rows) -> None:
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert row["accuracy_items"] == 20
         for time in ("latency", "tpot", "ttft"):
-            assert 0 < row[f"{time}_low_ms"] <= row[f"{time}_ms"] <= row[f"{time}_high_ms"]
+            assert row[f"{time}_low_ms"] <= row[f"{time}_ms"] <= row[f"{time}_high_ms"]
+        # The time per token is a difference, whose interval may reach below zero on a busy machine.
+        assert 0 < row["ttft_low_ms"] < row["latency_high_ms"]
         if row["matching"] == "parameters":
             assert abs(row["parameters_deviation"]) < 0.1
     assert rows[0]["latency_deviation"] == 0
