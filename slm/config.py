@@ -321,6 +321,9 @@ def _override_problem(hydra: Hydra, override: str, error: Exception, config: Dic
             return f"{key}: no option '{value}'{hint}"
     if "Ambiguous value" in message or "requires --multirun" in message:
         return f"{key}: '{value}' is a sweep; add -m to run it, or write a list as [a,b]"
+    if call := re.search(r"Unknown function '(\w+)'", message):
+        # What stands before a parenthesis is a function of Hydra's, unless it is quoted.
+        return f'{key}: put quotes around what has parentheses: ["{call[1]}(…)"]'
     if re.search(r"is not in struct|Key '.*' not in '|No match in the defaults", message):
         *parents, name = key.split(".")
         while parents and not isinstance(OmegaConf.select(config, ".".join(parents)), DictConfig):

@@ -182,6 +182,10 @@ def program(
             ["trainer.steps=1,2"],
             ["trainer.steps: '1,2' is a sweep; add -m to run it, or write a list as [a,b]"],
         ),
+        (
+            ["trainer.steps=[kda(head_dim=32)]"],
+            ['trainer.steps: put quotes around what has parentheses: ["kda(…)"]'],
+        ),
         (["model.width=3"], ["model.width: 3 is odd"]),
         (
             ["trainer.stepz=3", "trainer.rate=high", "model=smal", "trainer.steps=-1"],
