@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+from numerics import relative_rms
 
 from slm.kernels.convolution import causal_convolution, causal_convolution_step, new_tail
 from slm.kernels.documents import Documents
 
 B = 2
+CLOSE = 3e-7  # fp32: rounding only
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -21,13 +23,13 @@ def test_convolution_equals_torch_and_its_own_steps(width: int, has_bias: bool) 
     if bias is not None:
         module.bias.data = bias
     expected = module(x.mT)[..., :11].mT
-    torch.testing.assert_close(causal_convolution(x, weight, bias, None), expected)
+    assert relative_rms(causal_convolution(x, weight, bias, None), expected) < CLOSE
 
     with_tail = causal_convolution(x, weight, bias, tail)
     moving = tail.clone()
     steps = [causal_convolution_step(x[:, t], weight, bias, moving) for t in range(11)]
-    torch.testing.assert_close(torch.stack(steps, 1), with_tail)
-    torch.testing.assert_close(moving, new_tail(x, tail, width, None))
+    assert relative_rms(torch.stack(steps, 1), with_tail) < CLOSE
+    assert torch.equal(moving, new_tail(x, tail, width, None))
 
 
 def test_convolution_of_packed_documents() -> None:
@@ -38,11 +40,11 @@ def test_convolution_of_packed_documents() -> None:
     packed = causal_convolution(x, weight, None, tail, Documents(begins))
     for begin, end in itertools.pairwise(cuts):
         alone = causal_convolution(x[:, begin:end], weight, None, tail)
-        torch.testing.assert_close(packed[:, begin:end], alone)
+        assert relative_rms(packed[:, begin:end], alone) < CLOSE
 
 
 def test_tail_of_padded_rows() -> None:
     x, tail = torch.randn(2, 6, 5), torch.randn(2, 3, 5)
     actual = new_tail(x, tail, 4, torch.tensor([1, 5]))
-    torch.testing.assert_close(actual[:1], new_tail(x[:1, :1], tail[:1], 4, None))
-    torch.testing.assert_close(actual[1:], new_tail(x[1:, :5], tail[1:], 4, None))
+    assert torch.equal(actual[:1], new_tail(x[:1, :1], tail[:1], 4, None))
+    assert torch.equal(actual[1:], new_tail(x[1:, :5], tail[1:], 4, None))
