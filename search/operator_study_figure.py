@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from search.report_figures import GRID, INK
+from search.report_figures import GRID, INK, MIXER_COLORS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Row = dict[str, Any]
 
-# One colour per operator and one symbol per partner, in the order of the study.
-COLORS = (
-    *("#d1495b", "#edae49", "#2e86ab", "#1b4965", "#7d5ba6", "#c08497"),
-    *("#3c896d", "#90be6d", "#8d6a4f", "#5c6b7a", "#e07a5f", "#118ab2"),
-)
+# One per partner, in the order of the study.
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "x", "hexagon")
 ALONE = "alone"
 PIXELS_PER_ROW = 22
@@ -75,7 +71,7 @@ def _styles(rows: Sequence[Row]) -> tuple[dict[str, str], dict[str, str]]:
     first = dict.fromkeys(row["mixers"][0] for row in rows)
     second = dict.fromkeys([ALONE, *(_partner(row) for row in rows)])
     return (
-        {name: COLORS[place % len(COLORS)] for place, name in enumerate(first)},
+        {name: MIXER_COLORS[place % len(MIXER_COLORS)] for place, name in enumerate(first)},
         {name: SYMBOLS[place % len(SYMBOLS)] for place, name in enumerate(second)},
     )
 

@@ -11,22 +11,20 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from search.report_figures import frontier_figure, progress_figure, training_figure
+from search.report_figures import (
+    FFN_COLOR,
+    MIXER_COLORS,
+    frontier_figure,
+    progress_figure,
+    training_figure,
+)
 from slm.training.files import write_atomically
 
 Record = dict[str, Any]
-
-# One colour per operator, the same everywhere on the page.
-OPERATOR_COLORS = {
-    "attention": "#d1495b",
-    "mamba2": "#2e86ab",
-    "deltanet": "#3c896d",
-    "ffn": "#c9b79c",
-}
-OTHER_OPERATOR_COLOR = "#7d5ba6"
 
 
 def write_report(run_folder: Path) -> Path:
@@ -42,15 +40,24 @@ def write_report(run_folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    content = report_content(run_folder)
+    colors = operator_colors(content["candidates"])
     environment.filters.update(
-        operator_color=lambda text: OPERATOR_COLORS.get(operator_name(text), OTHER_OPERATOR_COLOR),
+        operator_color=lambda text: colors[operator_name(text)],
         operator_name=operator_name,
         continuation=lambda sample, prompt: sample.removeprefix(prompt),
     )
-    page = environment.get_template("report.html.j2").render(**report_content(run_folder))
+    page = environment.get_template("report.html.j2").render(**content)
     path = run_folder / "report.html"
     write_atomically(path, page)
     return path
+
+
+def operator_colors(candidates: list[Record]) -> dict[str, str]:
+    """One colour per operator of a search, by its name, the same everywhere on the page."""
+    texts = (text for record in candidates for text in record["operators"])
+    mixers = [name for name in dict.fromkeys(map(operator_name, texts)) if name != "ffn"]
+    return {"ffn": FFN_COLOR, **dict(zip(mixers, cycle(MIXER_COLORS), strict=False))}
 
 
 def report_content(run_folder: Path) -> dict[str, Any]:

@@ -7,6 +7,12 @@ from typing import Any
 Record = dict[str, Any]
 
 INK, GRID, ACCENT, QUIET, LINE = "#22303c", "#e6e9ec", "#d1495b", "#9aa5b1", "#2e86ab"
+# One colour per token mixer, in the order in which a study or a search has them.
+MIXER_COLORS = (
+    *("#d1495b", "#edae49", "#2e86ab", "#1b4965", "#7d5ba6", "#c08497"),
+    *("#3c896d", "#90be6d", "#8d6a4f", "#5c6b7a", "#e07a5f", "#118ab2"),
+)
+FFN_COLOR = "#c9b79c"
 
 
 def frontier_figure(

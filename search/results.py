@@ -160,13 +160,19 @@ def table_summary(rows: Sequence[Row]) -> Row | None:
     }
 
 
-def model_yaml(row: Row, run_folder: Path) -> str:
+def training_command(run_folder: Path, digest: str, plugins: Sequence[str]) -> str:
+    """What a person types to train a member of the frontier."""
+    command = f"python train.py --config-dir {run_folder}/frontier model={digest}"
+    return f"{command} 'plugins=[{','.join(plugins)}]'" if plugins else command
+
+
+def model_yaml(row: Row, run_folder: Path, plugins: Sequence[str]) -> str:
     """A Hydra config of the group `model` for a candidate."""
     architecture = Architecture.parse(row["architecture"])
     genotype = Genotype.from_json(row["genotype"])
     ffn = next((str(op) for op in architecture.operators if op.name == "ffn"), "ffn")
     lines = [
-        f"# python train.py --config-dir {run_folder}/frontier model={row['digest']}",
+        f"# {training_command(run_folder, row['digest'], plugins)}",
         f"# Candidate {row['number']}: loss {row['loss']:.4f} after {row['tokens']:,} tokens, "
         f"{row['latency_ms']:.4g} ms.",
         f"width: {architecture.width}",

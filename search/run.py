@@ -372,11 +372,8 @@ class Search:
                 f"{accuracy}  w={row['width']} {format_count(row['parameters'])}  {row['short']}"
             )
         if summary["chosen"] is not None:
-            plugins = f" 'plugins=[{','.join(self.config.plugins)}]'" if self.config.plugins else ""
-            self.progress.say(
-                f"train it: python train.py --config-dir {self.folder}/frontier "
-                f"model={summary['chosen']}{plugins}"
-            )
+            command = results.training_command(self.folder, summary["chosen"], self.config.plugins)
+            self.progress.say(f"train it: {command}")
         if (self.folder / "report.html").exists():
             self.progress.say(f"look at it: {self.folder}/report.html")
         return summary

@@ -83,7 +83,8 @@ class RunFolder:
         models = self.folder / "frontier" / "model"
         models.mkdir(parents=True, exist_ok=True)
         for row in summary["members"]:
-            write_atomically(models / f"{row['digest']}.yaml", model_yaml(row, self.folder))
+            text = model_yaml(row, self.folder, self.config.plugins)
+            write_atomically(models / f"{row['digest']}.yaml", text)
         current = {f"{row['digest']}.yaml" for row in summary["members"]}
         for path in models.glob("*.yaml"):
             if path.name not in current:

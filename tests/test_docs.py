@@ -234,6 +234,8 @@ def test_the_commands_do_what_the_page_says(
     chosen = (runs / "averages/frontier/chosen").read_text().strip()
     assert json.loads((runs / "winner/result.json").read_text())["digest"] == chosen
     assert printed["slm.generate"].startswith("ROMEO")
+    first = (runs / f"averages/frontier/model/{chosen}.yaml").read_text().splitlines()[0]
+    assert first.endswith("'plugins=[moving_average.py]'")
     # The export has been loaded where this package cannot be imported.
     assert json.loads((runs / "mine/export.json").read_text())["cached_equals_uncached"]
     copied = (runs / "mine/export/moving_average.py").read_text()

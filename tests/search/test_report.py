@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from search.report import report_content, write_report
+from search.report import operator_colors, report_content, write_report
 
 OPERATORS = ["attention(head_dim=16)", "ffn", "deltanet(head_dim=16)", "ffn"]
 
@@ -161,3 +161,10 @@ def test_a_folder_without_a_search_is_refused_by_name(tmp_path: Path, content: s
     assert done.stderr.startswith(f"error: {tmp_path / 'search.json'}: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_every_operator_has_a_colour_of_its_own() -> None:
+    own = record(5, 5.0, 7.0, operators=["moving_average", "kda", "ffn", "attention(window=9)"])
+    colors = operator_colors([record(0, 5.0, 9.0), own])
+    assert set(colors) == {"attention", "deltanet", "ffn", "moving_average", "kda"}
+    assert len(set(colors.values())) == len(colors)
