@@ -6,8 +6,9 @@
 - Rounds go on until the 95 % interval of the median is narrow enough, or time is up; the result
   says which. The interval comes from order statistics and assumes nothing about the noise but
   that rounds are independent; stopping as soon as it is narrow makes it slightly optimistic.
-- A round in which something else took the CPU from us is left out, as long as enough others are
-  left; a measurement that had to make do with such rounds says so.
+- A round in which something else took the CPU from us, or the GPU slowed itself down (heat, power),
+  is left out. A measurement with too few other rounds is refused and repeated; one that never got
+  enough says so.
 - While timing, the device lock is held exclusively, the CPU's thread count is pinned and Python's
   garbage collection is off.
 """
@@ -16,24 +17,26 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from latency.clock import Clock, Sample, clock_of
 from latency.device import Device
+from latency.gpu_monitor import GpuConditions, GpuReading
 from latency.lock import device_lock
 from slm.config import ConfigError, schema
 
 # Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ < 0.05 < 2 · 0.5⁵.
 MIN_ROUNDS = 6
-# Share of the time that our thread must have run for a round to count as undisturbed.
-QUIET_SHARE = 0.95
 
 Samples = Mapping[str, np.ndarray]
 
@@ -45,6 +48,7 @@ class Protocol:
     max_interval_percent: half width of the median's 95 % interval at which a measurement is done.
     max_seconds: time for a measurement; after it, the record says that it did not converge.
     max_rounds: most samples of a measurement.
+    max_repeats: how often a measurement that was disturbed is repeated, `max_seconds` each time.
     warmup_rounds: untimed rounds before the first sample.
     max_request_seconds: a request that takes longer is not run whole: decoding steps are timed at
         `num_contexts` evenly spaced contexts and integrated.
@@ -53,23 +57,27 @@ class Protocol:
     max_interval_percent: float = 2.0
     max_seconds: float = 2.0
     max_rounds: int = 2000
+    max_repeats: int = 2
     warmup_rounds: int = 2
     max_request_seconds: float = 1.0
     num_contexts: int = 8
 
     def __post_init__(self) -> None:
         problems = [
-            f"{field}: must be > 0, got {getattr(self, field)}"
-            for field in ("max_interval_percent", "max_seconds", "max_request_seconds")
-            if getattr(self, field) <= 0
+            f"{name}: must be > 0, got {getattr(self, name)}"
+            for name in ("max_interval_percent", "max_seconds", "max_request_seconds")
+            if getattr(self, name) <= 0
         ]
         problems += [
-            f"{field}: must be >= {least}, got {getattr(self, field)}"
-            for field, least in (("max_rounds", MIN_ROUNDS), ("warmup_rounds", 1))
-            if getattr(self, field) < least
+            f"{name}: must be >= {least}, got {getattr(self, name)}"
+            for name, least in (
+                ("max_rounds", MIN_ROUNDS),
+                ("max_repeats", 0),
+                ("warmup_rounds", 1),
+                ("num_contexts", 1),
+            )
+            if getattr(self, name) < least
         ]
-        if self.num_contexts < 1:
-            problems.append(f"num_contexts: must be >= 1, got {self.num_contexts}")
         if problems:
             raise ConfigError(problems)
 
@@ -80,7 +88,7 @@ class Measurement:
 
     iqr_ms: distance between the quartiles of the samples; n: number of samples.
     converged: whether the interval became as narrow as asked.
-    quiet: whether nothing else took the CPU meanwhile; if not, the figures are too high.
+    quiet: whether the samples are of undisturbed rounds; if not, the figures are too high.
     """
 
     median_ms: float
@@ -113,7 +121,7 @@ class Measurement:
     @classmethod
     def from_dict(cls, values: Any) -> Measurement:
         """What `to_dict` gave. Raises ValueError if it is not that."""
-        names = {field.name for field in fields(cls)}
+        names = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"measurement: expected {sorted(names)}, got {values!r}")
         times = [values[name] for name in ("low_ms", "median_ms", "high_ms", "iqr_ms")]
@@ -176,11 +184,37 @@ class Timing:
 
     samples: ms by function, one per round that counts; measurements: by quantity.
     quiet: whether the rounds that count were undisturbed.
+    repeats: how often the measurement was refused and begun anew.
+    disturbed_rounds: their number by what disturbed them, the refused attempts' included.
+    gpu: the GPU meanwhile, in the attempt that counts; None on a CPU.
     """
 
     samples: Samples
     measurements: dict[str, Measurement]
     quiet: bool
+    repeats: int = 0
+    disturbed_rounds: dict[str, int] = field(default_factory=dict)
+    gpu: GpuConditions | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Every function timed once; readings: of the GPU before and after, none on a CPU."""
+
+    samples: Mapping[str, Sample]
+    readings: tuple[GpuReading, ...] = ()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing disturbed it."""
+        is_slow = any(reading.slowdowns for reading in self.readings)
+        return not is_slow and all(sample.is_quiet for sample in self.samples.values())
+
+    @property
+    def disturbances(self) -> set[str]:
+        """Names of what disturbed it."""
+        names = {sample.disturbance for sample in self.samples.values() if sample.disturbance}
+        return names.union(*(reading.slowdowns for reading in self.readings))
 
 
 def measure_interleaved(
@@ -190,37 +224,68 @@ def measure_interleaved(
     *,
     prepare: Mapping[str, Callable[[], object]] | None = None,
     derive: Callable[[Samples], Samples] | None = None,
+    clock: Clock | None = None,
 ) -> Timing:
     """Time functions in turn, round by round, until every quantity is known well enough.
 
     prepare: by function, what runs, untimed, before each of its calls.
     derive: from samples by function to samples by quantity (a difference, say), whose medians are
         wanted; None: the functions' own times.
+    clock: None takes the device's.
     """
+    clock = clock or clock_of(device)
     prepare = prepare or {}
+    attempts: list[list[Round]] = []
     with quiet(device):
         for number in range(protocol.warmup_rounds):
-            _round(functions, prepare, device, is_forward=number % 2 == 0)
-        deadline = time.monotonic() + protocol.max_seconds
-        rounds: list[dict[str, Sample]] = []
+            _time_once(functions, prepare, clock, is_forward=number % 2 == 0)
         while True:
-            rounds.append(_round(functions, prepare, device, is_forward=len(rounds) % 2 == 0))
-            count = len(rounds)
-            is_over = count >= protocol.max_rounds or time.monotonic() > deadline
-            # Every round while they are few, then at every tenth more: looking costs time too.
-            is_time_to_look = is_over or count % (1 + count // 10) == 0
-            if count < MIN_ROUNDS or not is_time_to_look:
-                continue
-            timing = _evaluate(rounds, protocol, derive)
-            is_done = timing.quiet and all(m.converged for m in timing.measurements.values())
-            if is_done or is_over:
-                return timing
+            rounds, timing = _attempt(functions, prepare, derive, protocol, clock)
+            attempts.append(rounds)
+            if timing.quiet or len(attempts) > protocol.max_repeats:
+                break
+    readings = [reading for each in rounds for reading in each.readings]
+    every_round = itertools.chain.from_iterable(attempts)
+    return replace(
+        timing,
+        repeats=len(attempts) - 1,
+        disturbed_rounds=dict(Counter(name for each in every_round for name in each.disturbances)),
+        gpu=GpuConditions.from_readings(readings) if readings else None,
+    )
 
 
-def _round(
+def _attempt(
     functions: Mapping[str, Callable[[], object]],
     prepare: Mapping[str, Callable[[], object]],
-    device: Device,
+    derive: Callable[[Samples], Samples] | None,
+    protocol: Protocol,
+    clock: Clock,
+) -> tuple[list[Round], Timing]:
+    """Rounds until every quantity is known well enough or time is up, and what they say."""
+    rounds: list[Round] = []
+    before = clock.read()
+    deadline_s = clock.now_s() + protocol.max_seconds
+    while True:
+        samples = _time_once(functions, prepare, clock, is_forward=len(rounds) % 2 == 0)
+        after = clock.read()
+        rounds.append(Round(samples, tuple(each for each in (before, after) if each)))
+        before = after
+        count = len(rounds)
+        is_over = count >= protocol.max_rounds or clock.now_s() > deadline_s
+        # Every round while they are few, then at every tenth more: looking costs time too.
+        is_time_to_look = is_over or count % (1 + count // 10) == 0
+        if count < MIN_ROUNDS or not is_time_to_look:
+            continue
+        timing = _evaluate(rounds, protocol, derive)
+        is_done = timing.quiet and all(m.converged for m in timing.measurements.values())
+        if is_done or is_over:
+            return rounds, timing
+
+
+def _time_once(
+    functions: Mapping[str, Callable[[], object]],
+    prepare: Mapping[str, Callable[[], object]],
+    clock: Clock,
     is_forward: bool,
 ) -> dict[str, Sample]:
     """Every function once: A B or, backward, B A, so that none always runs in another's wake."""
@@ -228,19 +293,19 @@ def _round(
     for name in functions if is_forward else reversed(list(functions)):
         if name in prepare:
             prepare[name]()
-        samples[name] = time_call(functions[name], device)
+        samples[name] = clock.time(functions[name])
     return samples
 
 
 def _evaluate(
-    rounds: list[dict[str, Sample]],
+    rounds: list[Round],
     protocol: Protocol,
     derive: Callable[[Samples], Samples] | None,
 ) -> Timing:
-    undisturbed = [each for each in rounds if all(s.is_quiet for s in each.values())]
+    undisturbed = [each.samples for each in rounds if each.is_quiet]
     is_quiet = len(undisturbed) >= MIN_ROUNDS
-    counted = undisturbed if is_quiet else rounds
-    samples = {name: np.array([each[name].ms for each in counted]) for name in rounds[0]}
+    counted = undisturbed if is_quiet else [each.samples for each in rounds]
+    samples = {name: np.array([each[name].ms for each in counted]) for name in counted[0]}
     quantities = derive(samples) if derive else samples
     percent = protocol.max_interval_percent
     measurements = {
@@ -249,28 +314,9 @@ def _evaluate(
     return Timing(samples, measurements, is_quiet)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One call: its time, and whether our thread ran all the while."""
-
-    ms: float
-    is_quiet: bool
-
-
 def time_call(function: Callable[[], object], device: Device) -> Sample:
-    """Time one call: by the wall clock, on CUDA between two events around it."""
-    if device.kind == "cuda":
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return Sample(float(start.elapsed_time(end)), is_quiet=True)
-    begin, begin_own = time.perf_counter_ns(), time.thread_time_ns()
-    function()
-    own, elapsed = time.thread_time_ns() - begin_own, time.perf_counter_ns() - begin
-    return Sample(elapsed / 1e6, is_quiet=own >= QUIET_SHARE * elapsed)
+    """Time one call by the device's clock."""
+    return clock_of(device).time(function)
 
 
 @contextmanager

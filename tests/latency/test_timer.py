@@ -1,23 +1,27 @@
 import gc
+import json
 import math
-import time
+from collections.abc import Callable, Iterable
+from itertools import cycle
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
 
+from latency.clock import Clock
+from latency.gpu_monitor import GpuReading
 from latency.timer import (
     MIN_ROUNDS,
     Measurement,
     Protocol,
+    Round,
     Sample,
     _evaluate,
     drift_percent,
     measure_interleaved,
     median_interval,
     median_interval_rank,
-    time_call,
     weighted_sum,
 )
 from slm.config import ConfigError, read
@@ -26,6 +30,55 @@ from slm.config import ConfigError, read
 def measurement(median: float, low: float, high: float, **changes) -> Measurement:
     values = {"iqr_ms": 0.0, "n": 9, "converged": True, "quiet": True} | changes
     return Measurement(median_ms=median, low_ms=low, high_ms=high, **values)
+
+
+class FakeClock(Clock):
+    """Time as the timed functions tell it: each returns its own sample, and nothing sleeps.
+
+    gpu_at: from seconds to the GPU's state.
+    """
+
+    def __init__(self, gpu_at: Callable[[float], GpuReading | None] = lambda seconds: None):
+        self.seconds = 0.0
+        self.gpu_at = gpu_at
+
+    def time(self, function: Callable[[], Sample]) -> Sample:
+        sample = function()
+        self.seconds += sample.ms / 1000
+        return sample
+
+    def now_s(self) -> float:
+        return self.seconds
+
+    def read(self) -> GpuReading | None:
+        return self.gpu_at(self.seconds)
+
+
+def taking(times_ms: Iterable[float], quiet: Iterable[bool] = cycle([True])):
+    """A function for the fake clock: its n-th call takes the n-th time."""
+    calls = zip(times_ms, quiet, strict=False)
+
+    def call() -> Sample:
+        ms, is_quiet = next(calls)
+        return Sample(ms, is_quiet, None if is_quiet else "cpu_taken")
+
+    return call
+
+
+def gpu(*reasons: str, clock: int = 1980, temperature: int = 60) -> GpuReading:
+    return GpuReading(
+        sm_clock_mhz=clock,
+        temperature_c=temperature,
+        power_w=500.0,
+        reasons=frozenset(reasons),
+        other_processes=0,
+    )
+
+
+# No time limit that matters, no interval that is narrow enough: as many rounds as are asked for.
+def rounds_of(number: int, **changes) -> Protocol:
+    values = {"max_interval_percent": 1e-9, "max_seconds": 1e9, "warmup_rounds": 1} | changes
+    return Protocol(max_rounds=number, **values)
 
 
 # Published ranks of the 95 % interval of a median (Conover, Practical Nonparametric Statistics).
@@ -99,11 +152,16 @@ def test_weighted_sum_adds_medians_and_squares_errors():
 
 def test_rounds_are_interleaved_and_turn_around(device, protocol):
     calls = []
-    functions = {name: lambda name=name: calls.append(name) for name in "AB"}
+
+    def called(name: str) -> Sample:
+        calls.append(name)
+        return Sample(1.0, is_quiet=True)
+
+    functions = {name: lambda name=name: called(name) for name in "AB"}
     prepare = {"B": lambda: calls.append("b")}
-    timing = measure_interleaved(functions, device, protocol, prepare=prepare)
+    timing = measure_interleaved(functions, device, protocol, prepare=prepare, clock=FakeClock())
     assert "".join(calls) == "AbB" + "AbBbBA" * 3
-    assert len(timing.samples["A"]) == len(timing.samples["B"]) <= MIN_ROUNDS
+    assert len(timing.samples["A"]) == len(timing.samples["B"]) == MIN_ROUNDS
 
 
 def test_quantities_are_derived_round_by_round(device, protocol):
@@ -128,8 +186,8 @@ def test_it_stops_when_narrow_and_says_so(device):
 
 
 def test_disturbed_rounds_are_left_out_while_enough_are_left():
-    good = [{"A": Sample(1.0, True), "B": Sample(2.0, True)}] * MIN_ROUNDS
-    bad = [{"A": Sample(1.0, True), "B": Sample(50.0, False)}] * 20
+    good = [Round({"A": Sample(1.0, True), "B": Sample(2.0, True)})] * MIN_ROUNDS
+    bad = [Round({"A": Sample(1.0, True), "B": Sample(50.0, False)})] * 20
     timing = _evaluate(good + bad, Protocol(), None)
     assert timing.quiet
     assert timing.measurements["B"].median_ms == 2.0
@@ -140,10 +198,123 @@ def test_disturbed_rounds_are_left_out_while_enough_are_left():
     assert not timing.measurements["B"].quiet
 
 
-def test_a_call_during_which_our_thread_did_not_run_is_disturbed(device):
-    sample = time_call(lambda: time.sleep(0.02), device)
-    assert not sample.is_quiet
-    assert sample.ms >= 20
+NUM_ROUNDS = 400
+
+
+def noise(seed: int, number: int = NUM_ROUNDS) -> np.ndarray:
+    """Half a percent, in warm-up as in what is timed."""
+    return np.random.default_rng(seed).normal(1, 0.005, 1 + number)
+
+
+# From the second half on, everything takes a fifth longer, or two milliseconds more.
+DRIFTS = {
+    "ratio": lambda ms, is_late: ms * np.where(is_late, 1.2, 1),
+    "difference": lambda ms, is_late: ms + np.where(is_late, 2.0, 0),
+}
+
+
+@pytest.mark.parametrize(("quantity", "expected"), [("ratio", 1.5), ("difference", 5.0)])
+def test_drift_cancels_between_what_is_paired_and_is_reported(device, quantity, expected):
+    is_late = np.arange(1 + NUM_ROUNDS) > NUM_ROUNDS // 2
+    functions = {
+        name: taking(DRIFTS[quantity](ms * noise(seed), is_late))
+        for seed, (name, ms) in enumerate({"A": 10.0, "B": 15.0}.items())
+    }
+
+    def derive(samples):
+        paired = {
+            "ratio": samples["B"] / samples["A"],
+            "difference": samples["B"] - samples["A"],
+        }
+        return {quantity: paired[quantity], "A": samples["A"]}
+
+    timing = measure_interleaved(
+        functions, device, rounds_of(NUM_ROUNDS), derive=derive, clock=FakeClock()
+    )
+    found = timing.measurements[quantity]
+    assert found.n == NUM_ROUNDS
+    assert found.low_ms < expected < found.high_ms
+    assert (found.high_ms - found.low_ms) / expected < 0.01
+    # Alone, it is somewhere between the two speeds.
+    alone = timing.measurements["A"]
+    assert (alone.high_ms - alone.low_ms) / alone.median_ms > 0.1
+    assert drift_percent(timing.samples["A"]) == pytest.approx(20, abs=0.5)
+
+
+def test_outliers_move_neither_the_median_nor_its_interval(device):
+    times = 10 * noise(seed=0)
+    times[::10] *= 10
+    timing = measure_interleaved(
+        {"A": taking(times)}, device, rounds_of(NUM_ROUNDS), clock=FakeClock()
+    )
+    found = timing.measurements["A"]
+    assert found.median_ms == pytest.approx(10, rel=0.003)
+    assert 9.95 < found.low_ms < found.high_ms < 10.05
+    # As a mean would not have it.
+    assert timing.samples["A"].mean() > 18
+
+
+def test_time_is_up_when_the_clock_says_so(device):
+    clock = FakeClock()
+    protocol = Protocol(max_seconds=30, warmup_rounds=2)
+    timing = measure_interleaved({"A": taking(cycle([1000, 2000]))}, device, protocol, clock=clock)
+    found = timing.measurements["A"]
+    # After 3 s of warm-up the 20th round ends at 30 s, not yet beyond the limit.
+    assert (found.n, clock.seconds) == (21, 34)
+    assert (found.converged, found.quiet, timing.repeats) == (False, True, 0)
+
+
+def test_rounds_on_a_gpu_that_slows_itself_down_are_left_out(device):
+    def gpu_at(seconds: float) -> GpuReading:
+        if 0.105 < seconds < 0.205:
+            return gpu("hw_thermal_slowdown", clock=1200, temperature=91)
+        return gpu("gpu_idle")
+
+    clock, times = FakeClock(gpu_at), cycle([9.0, 11.0])
+
+    def call() -> Sample:
+        return Sample(next(times) * (3 if gpu_at(clock.seconds).slowdowns else 1), is_quiet=True)
+
+    timing = measure_interleaved({"A": call}, device, rounds_of(40), clock=clock)
+    assert (timing.quiet, timing.repeats) == (True, 0)
+    # The one in which it became hot, and the four that began so: at 109, 142, 169 and 202 ms.
+    assert timing.disturbed_rounds == {"hw_thermal_slowdown": 5}
+    assert len(timing.samples["A"]) == 35
+    assert set(timing.samples["A"]) == {9.0, 11.0}
+    assert json.loads(json.dumps(timing.gpu.to_dict())) == {
+        "median_sm_clock_mhz": 1980,
+        "max_temperature_c": 91,
+        "median_power_w": 500.0,
+        "reasons": ["gpu_idle", "hw_thermal_slowdown"],
+        "max_other_processes": 0,
+    }
+
+
+@pytest.mark.parametrize("max_repeats", [0, 2])
+def test_a_measurement_without_enough_quiet_rounds_is_repeated_and_then_says_so(
+    device, max_repeats
+):
+    clock = FakeClock(lambda seconds: gpu("sw_power_cap"))
+    protocol = Protocol(max_seconds=0.995, max_repeats=max_repeats, warmup_rounds=1)
+    timing = measure_interleaved({"A": taking(cycle([10.0]))}, device, protocol, clock=clock)
+    assert (timing.quiet, timing.measurements["A"].quiet) == (False, False)
+    assert timing.repeats == max_repeats
+    assert timing.disturbed_rounds == {"sw_power_cap": 100 * (1 + max_repeats)}
+    assert timing.measurements["A"].n == 100
+    assert clock.seconds == pytest.approx(0.01 + 1 + max_repeats)
+
+
+def test_a_measurement_that_recovers_is_quiet_and_holds_the_second_attempt_alone(device):
+    # The warm-up's round, the 20 of the first attempt but five, then nothing any more.
+    is_quiet = [True] + [True] * 5 + [False] * 15 + [True] * 20
+    times = [7.0] * 21 + [10.0] * 20
+    timing = measure_interleaved(
+        {"A": taking(times, is_quiet)}, device, rounds_of(20), clock=FakeClock()
+    )
+    assert (timing.quiet, timing.repeats, timing.gpu) == (True, 1, None)
+    assert timing.disturbed_rounds == {"cpu_taken": 15}
+    assert set(timing.samples["A"]) == {10.0}
+    assert timing.measurements["A"].quiet
 
 
 def test_threads_and_garbage_collection_are_as_before(device, protocol):
@@ -165,10 +336,20 @@ def test_drift_compares_the_halves():
 
 def test_every_problem_of_a_protocol_is_named():
     with pytest.raises(ConfigError) as error:
-        read(Protocol, {"max_seconds": 0, "max_rounds": 5, "warmup_rounds": 0, "num_contexts": 0})
+        read(
+            Protocol,
+            {
+                "max_seconds": 0,
+                "max_rounds": 5,
+                "max_repeats": -1,
+                "warmup_rounds": 0,
+                "num_contexts": 0,
+            },
+        )
     assert error.value.problems == [
         "max_seconds: must be > 0, got 0.0",
         "max_rounds: must be >= 6, got 5",
+        "max_repeats: must be >= 0, got -1",
         "warmup_rounds: must be >= 1, got 0",
         "num_contexts: must be >= 1, got 0",
     ]
