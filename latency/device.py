@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import torch
 
+import slm
 from latency.lock import current_lock_name
-from slm import generation
 from slm.kernels.backend import Backend, current_backend
-from slm.plugins import plugin_digests
+from slm.sources import kernel_hash
 
 # Raise when the protocol changes in a way that makes old figures incomparable.
 PROTOCOL_VERSION = 1
 
-SOURCES = Path(generation.__file__).parent
+SOURCES = Path(slm.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +118,6 @@ class Device:
     def describe(self) -> dict[str, Any]:
         """Everything that is known of the device, its key included; JSON-able."""
         return {"key": self.key, **asdict(self)}
-
-
-def kernel_hash() -> str:
-    """Digest of the sources that decide what decoding runs, those of plugins included."""
-    sources = [SOURCES / "model.py", SOURCES / "generation.py"]
-    for package in ("kernels", "operators"):
-        sources += sorted((SOURCES / package).glob("*.py"))
-    digest = hashlib.sha256()
-    for path in sources:
-        digest.update(f"{path.relative_to(SOURCES).as_posix()}\0".encode())
-        digest.update(path.read_bytes())
-    for name, source in sorted(plugin_digests().items()):
-        digest.update(f"{name}\0{source}".encode())
-    return digest.hexdigest()[:12]
 
 
 def _cpu(threads: int) -> dict[str, str]:

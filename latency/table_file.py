@@ -1,4 +1,4 @@
-"""Latency tables on disk: written whole or not at all, a bad file never believed or overwritten."""
+"""Measured figures on disk: written whole or not at all, bad files not believed but kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_table(path: Path, parse: Callable[[Any], T]) -> T | None:
         except ValueError as error:
             aside = _aside(candidate)
             os.replace(candidate, aside)
-            log.warning("%s: not a latency table (%s); kept as %s", candidate, error, aside.name)
+            log.warning("%s: refused (%s); kept as %s", candidate, error, aside.name)
     return None
 
 

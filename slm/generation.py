@@ -10,34 +10,86 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from slm.decoding_step import CompiledStep, CompileUnit
 from slm.model import LanguageModel
+from slm.operators.attention import PLACES_BLOCK
+
+# Prompts are read in pieces of so many tokens, which bounds the memory that it takes.
+PREFILL_TOKENS = 4096
 
 
 class Decoder:
-    """Decodes batches of `batch_size` rows of up to `max_tokens` tokens, prompt included."""
+    """Decodes batches of `batch_size` rows of up to `max_tokens` tokens, prompt included.
+
+    compile_unit: what of a step is compiled as one; see `slm.decoding_step`. The first decoder of
+        a model compiles it, for seconds per operator; it is found on disk from then on.
+
+    Raises CompilationError if something is to be compiled and there is no compiler.
+    """
 
     @torch.inference_mode()
-    def __init__(self, model: LanguageModel, max_tokens: int, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        max_tokens: int,
+        batch_size: int = 1,
+        compile_unit: CompileUnit = "eager",
+    ) -> None:
         self.model = model.eval()
-        self.max_tokens = max_tokens
-        self.state = model.init_state(batch_size, max_tokens)
+        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.compile_unit = compile_unit
+        self.num_meta = model.architecture.meta_tokens
         self.num_tokens = 0
+        self._compiled: CompiledStep | None = None
+        places = max_tokens
+        if compile_unit != "eager":
+            # Whole blocks, so that one library serves every length.
+            places = -(-(self.num_meta + max_tokens) // PLACES_BLOCK) * PLACES_BLOCK - self.num_meta
+        self.state = model.init_state(batch_size, places)
+        if compile_unit != "eager":
+            self._compiled = CompiledStep(model, self.state, batch_size, compile_unit)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Forget everything but the meta tokens, then read tokens [B, T]; logits [B, V].
 
-        lengths: [B], real tokens of each row; what follows them is padding.
+        lengths: [B], real tokens of each row, at least one; what follows them is padding.
         """
         self._reserve(tokens.shape[1], used=0)
         self.state.reset()
-        return self.model.prefill(tokens, self.state, lengths)
+        if self._compiled is not None:
+            self._compiled.forget()
+        last: Tensor | None = None
+        for begin in range(0, tokens.shape[1], PREFILL_TOKENS):
+            piece = tokens[:, begin : begin + PREFILL_TOKENS]
+            if lengths is None:
+                last = self.model.append(piece, self.state)[:, -1]
+                continue
+            place = lengths - 1 - begin
+            hidden = self.model.append(piece, self.state, (place + 1).clamp(0, piece.shape[1]))
+            rows = torch.arange(len(piece), device=piece.device)
+            ends = hidden[rows, place.clamp(0, piece.shape[1] - 1)]
+            last = ends if last is None else torch.where((place >= 0)[:, None], ends, last)
+        assert last is not None
+        return self.model.logits(last)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token [B] per row; logits [B, V]."""
-        self._reserve(1, used=self.num_tokens)
-        return self.model.step(tokens, self.state)
+        return self._step(tokens)[1]
+
+    @torch.inference_mode()
+    def greedy_step(self, tokens: Tensor) -> Tensor:
+        """Read one token [B] per row; the likeliest next ones [B]."""
+        return self._step(tokens)[0]
+
+    @torch.inference_mode()
+    def pretend(self, num_tokens: int) -> None:
+        """As if a prompt of `num_tokens` tokens had been read, to time the steps after it."""
+        self._reserve(num_tokens, used=0)
+        self.state.pretend(self.num_meta + num_tokens)
+        if self._compiled is not None:
+            self._compiled.forget()
 
     def generate(
         self,
@@ -64,18 +116,27 @@ class Decoder:
             )
         sampler = Sampler(temperature, top_k, top_p, seed, tokens.device)
         stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
-        logits = self.prefill(tokens, lengths)
         stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        chosen = tokens[:, -1]
+        chosen = sampler(self.prefill(tokens, lengths))
         for count in range(new_tokens):
             if count:
-                logits = self.step(chosen)
-            chosen = torch.where(stopped, chosen, sampler(logits))
+                following = (
+                    self.greedy_step(chosen) if sampler.is_greedy else sampler(self.step(chosen))
+                )
+                chosen = torch.where(stopped, chosen, following) if stop_tokens else following
             yield chosen
             if stop_tokens:
                 stopped = stopped | torch.isin(chosen, stops)
                 if bool(stopped.all()):
                     return
+
+    def _step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one token [B] per row: the likeliest next ones [B], logits [B, V]."""
+        self._reserve(1, used=self.num_tokens)
+        if self._compiled is not None:
+            return self._compiled(tokens, self.num_meta + self.num_tokens - 1)
+        logits = self.model.step(tokens, self.state)
+        return logits.argmax(-1), logits
 
     def _reserve(self, count: int, used: int) -> None:
         if used + count > self.max_tokens:
@@ -108,9 +169,14 @@ class Sampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token."""
+        return self.temperature == 0
+
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens [B] for logits [B, V]."""
-        if self.temperature == 0:
+        if self.is_greedy:
             return logits.argmax(dim=-1)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:

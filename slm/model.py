@@ -5,6 +5,7 @@ Letters: B rows, T tokens, M meta tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +26,12 @@ def initialize(module: nn.Linear | nn.Embedding) -> None:
     nn.init.normal_(module.weight, std=INITIAL_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, row_norms: Tensor | None) -> Tensor:
+    """Logits [..., V] in fp32 of hidden [..., D] by the head [V, D], divided by `row_norms`."""
+    logits = F.linear(hidden, weight)
+    return (logits if row_norms is None else logits / row_norms).float()
 
 
 class Layer(nn.Module):
@@ -64,10 +71,19 @@ class ModelState:
             if memory is not None:
                 state.write(memory, Sequence())
 
-    def fix_shapes(self) -> None:
-        """Let all steps from now on compute on the same shapes, so that one can be captured."""
+    def upto(self, num_tokens: int) -> ModelState:
+        """The same for steps that read no more than `num_tokens` tokens in all, meta tokens too.
+
+        See `slm.operators.base.State.upto`.
+        """
+        view = copy.copy(self)
+        view.operators = [state.upto(num_tokens) for state in self.operators]
+        return view
+
+    def pretend(self, num_tokens: int) -> None:
+        """As if `num_tokens` tokens had been read, meta tokens too, to time what comes next."""
         for state in self.operators:
-            state.fix_shapes()
+            state.pretend(num_tokens)
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes row index[b], in place (beam search)."""
@@ -133,17 +149,22 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 of hidden [..., D]."""
-        weight = self.embedding.weight if self.architecture.tie_embeddings else self.head.weight
-        logits = F.linear(hidden, weight)
-        if self.architecture.normalize_logits:
-            logits = logits / self._row_norms(weight)
-        return logits.float()
+        return head_logits(hidden, self.head_weight, self.row_norms())
 
-    def _row_norms(self, weight: Tensor) -> Tensor:
-        """Norm of each row of the head [V], remembered in evaluation as long as it holds.
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]."""
+        return self.embedding.weight if self.architecture.tie_embeddings else self.head.weight
 
-        Computing it reads the whole head, as much as the logits of one token themselves.
+    def row_norms(self) -> Tensor | None:
+        """Norm of each row of the head [V] if logits are divided by it, else None.
+
+        Remembered in evaluation as long as it holds: computing it reads the whole head, as much as
+        the logits of one token themselves.
         """
+        if not self.architecture.normalize_logits:
+            return None
+        weight = self.head_weight
         if self.training or torch.is_grad_enabled() or weight.is_inference():
             # What follows may change the head where its version does not tell: fused optimizers,
             # shards that are gathered anew, and inference tensors do.

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, D width, H query heads, G key-value heads, K head siz
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from slm.kernels.attention import Keys, attention, attention_step, masked_attention, rotate
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
+
+# Compiled and captured steps attend to whole blocks of so many places.
+PLACES_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,7 @@ class KeyValueCache(State):
 
     def __init__(self, keys: Tensor, values: Tensor, num_pinned: int) -> None:
         self.keys, self.values, self.num_pinned = keys, values, num_pinned
-        batch_size, self.num_places = keys.shape[:2]
-        self.num_shared = self.num_places - num_pinned
-        self.position = torch.zeros(batch_size, dtype=torch.int64, device=keys.device)
-        self.rows = torch.arange(batch_size, device=keys.device)
-        self.places = torch.arange(self.num_places, device=keys.device)
+        self.position = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         self.has_fixed_shapes = False
         self._forget()
 
@@ -137,15 +137,48 @@ class KeyValueCache(State):
         self.min_position = self.max_position = 0
 
     @property
+    def num_places(self) -> int:
+        """Places for a token's keys and values."""
+        return self.keys.shape[1]
+
+    @property
+    def num_shared(self) -> int:
+        """Places that are not one position's own."""
+        return self.num_places - self.num_pinned
+
+    @property
+    def places(self) -> Tensor:
+        """[S]: their numbers."""
+        return torch.arange(self.num_places, device=self.keys.device)
+
+    @property
     def num_used(self) -> int:
         """Places in use, at most."""
         if self.has_fixed_shapes:
             return self.num_places
         return min(self.max_position, self.num_places)
 
-    def fix_shapes(self) -> None:
-        """Attend to all places from now on, whatever is stored in them."""
-        self.has_fixed_shapes = True
+    def upto(self, num_tokens: int) -> KeyValueCache:
+        """A view of the places that `num_tokens` tokens can be in, rounded up to whole blocks.
+
+        Its steps attend to all of them, those that hold nothing yet being masked.
+        """
+        count = max(num_tokens, self.num_pinned + 1)
+        used = slice(min(-(-count // PLACES_BLOCK) * PLACES_BLOCK, self.num_places))
+        # What the host knows of these, from now on: they are bounds.
+        self.max_position = max(self.max_position, num_tokens)
+        view = copy.copy(self)
+        view.keys, view.values, view.has_fixed_shapes = (
+            self.keys[:, used],
+            self.values[:, used],
+            True,
+        )
+        return view
+
+    def pretend(self, num_tokens: int) -> None:
+        """As if `num_tokens` tokens had been read; what the places hold stays."""
+        self.position.fill_(num_tokens)
+        self.min_position = self.max_position = num_tokens
 
     def tensors(self) -> list[Tensor]:
         """Keys, values and positions."""
@@ -198,8 +231,9 @@ class KeyValueCache(State):
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one token k, v [B, G, K] per row, and give keys, values and which are visible."""
         place = self._place(self.position)
-        self.keys[self.rows, place] = k.to(self.keys.dtype)
-        self.values[self.rows, place] = v.to(self.values.dtype)
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, place] = k.to(self.keys.dtype)
+        self.values[rows, place] = v.to(self.values.dtype)
         self.position += 1
         self.min_position += 1
         self.max_position += 1

@@ -16,7 +16,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,19 @@ class State:
         for tensor in self.tensors():
             tensor.zero_()
 
-    def fix_shapes(self) -> None:
-        """Let all steps from now on compute on the same shapes, so that one can be captured.
+    def upto(self, num_tokens: int) -> Self:
+        """This state for steps that read no more than `num_tokens` tokens in all.
 
-        A captured step is replayed without the host, which must not have to know anything.
+        Such steps are compiled or captured and run without the host: they compute on the same
+        shapes whatever has been read. A buffer that grows with the tokens is a view there, of
+        what can be in use; everything else is shared.
+        """
+        return self
+
+    def pretend(self, num_tokens: int) -> None:
+        """As if `num_tokens` tokens had been read, to time what comes next; values are not kept.
+
+        For a state whose steps cost the same whatever has been read there is nothing to do.
         """
 
     def reorder(self, index: Tensor) -> None:

@@ -1,12 +1,10 @@
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from latency import device as device_module
-from latency.device import Device, kernel_hash
+from latency.device import Device
 
 
 def test_key_changes_with_the_thread_count():
@@ -46,19 +44,6 @@ def test_description_is_json_and_complete(device):
     assert described["key"] == device.key
     assert described["torch_version"] == torch.__version__
     assert described["threads"] == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["model.py", "generation.py", "kernels/ssd.py", "operators/ffn.py"]
-)
-def test_kernel_hash_follows_every_source_that_decoding_runs(tmp_path, monkeypatch, name):
-    copy = tmp_path / "slm"
-    shutil.copytree(device_module.SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    before = kernel_hash()
-    monkeypatch.setattr(device_module, "SOURCES", copy)
-    assert kernel_hash() == before
-    (copy / name).write_text((copy / name).read_text() + "\n")
-    assert kernel_hash() != before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

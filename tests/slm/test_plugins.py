@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from latency.device import kernel_hash
 from slm.config import ConfigError
 from slm.operators import OPERATORS, parse_operator
 from slm.plugins import load_plugins, plugin_digests
+from slm.sources import kernel_hash
 
 pytestmark = pytest.mark.usefixtures("_no_plugins")
 

@@ -1,0 +1,187 @@
+"""Functions of tensors compiled ahead of time (AOTInductor), kept on disk as libraries.
+
+A library holds no weights: they are arguments, as everything else is, so all layers and models of
+the same shapes share it, and a process that finds it on disk starts without tracing anything.
+Libraries lie in `$SLM_CACHE_DIR/compiled` (default: ~/.cache/slm-frontier), which processes may
+share; the name holds a digest of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slm.kernels.matrix_vector import DECOMPOSITIONS
+from slm.sources import kernel_hash
+
+log = logging.getLogger(__name__)
+
+# Raise when what is done with an exported function changes.
+VERSION = 1
+
+
+class CompilationError(RuntimeError):
+    """A function cannot be compiled here."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An example of an argument: a tensor of its shape, strides, dtype and device.
+
+    varying: axes whose size may be another in each call (all such axes have the same one).
+    """
+
+    example: Tensor
+    varying: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> str:
+        """What a library depends on: 'float32[1,*,4,64](…)' with the strides."""
+        x = self.example
+        sizes = ["*" if axis in self.varying else str(n) for axis, n in enumerate(x.shape)]
+        strides = [str(s) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
+        return f"{x.dtype}[{','.join(sizes)}]({','.join(strides)})".removeprefix("torch.")
+
+
+class Library:
+    """A compiled function: a list of tensors in, a list of tensors out."""
+
+    def __init__(self, path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            package = torch._inductor.aoti_load_package(str(path))
+        # The package's own __call__ flattens its arguments by a tree and takes 20 µs more.
+        self._run = package.loader.run
+
+    def __call__(self, arguments: list[Tensor]) -> list[Tensor]:
+        """Arguments that the function changes in place are changed in place."""
+        results: list[Tensor] = self._run(arguments)
+        return results
+
+
+def cache_folder() -> Path:
+    """Where libraries lie."""
+    return Path(os.environ.get("SLM_CACHE_DIR", "~/.cache/slm-frontier")).expanduser() / "compiled"
+
+
+def library(
+    name: str, function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Argument]
+) -> Library:
+    """The library of `function`, which `name` and the arguments' layouts must tell from all others.
+
+    Compiles it if there is none yet; another process that is about to do the same waits. A file
+    that is no library is named in a warning and replaced. Raises CompilationError if the compiler
+    is missing or fails.
+    """
+    from filelock import FileLock
+
+    path = library_path(name, arguments)
+    found = _load(path)
+    if found is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            found = _load(path)
+            if found is None:
+                log.info("compiling %s", name)
+                _compile(function, arguments, path)
+                found = _load(path)
+        if found is None:
+            raise CompilationError(f"{name}: what was compiled cannot be loaded")
+    return found
+
+
+def library_path(name: str, arguments: Sequence[Argument]) -> Path:
+    """Where the library of a function lies, or will."""
+    layouts = "; ".join(argument.layout for argument in arguments)
+    digest = hashlib.sha256(f"{name}\n{layouts}\n{_toolchain(arguments)}".encode()).hexdigest()
+    readable = "".join(c if c.isalnum() else "-" for c in name)[:60].strip("-")
+    return cache_folder() / f"{readable}-{digest[:16]}.pt2"
+
+
+def _toolchain(arguments: Sequence[Argument]) -> str:
+    """Everything but the function that decides what is compiled."""
+    device = arguments[0].example.device
+    if device.type == "cuda":
+        target = str(torch.cuda.get_device_properties(device))
+    else:
+        target = f"{_cpu_flags()} {torch.get_num_threads()} threads"
+    return f"{VERSION} {torch.__version__} {kernel_hash()} {device.type} {target}"
+
+
+@functools.cache
+def _cpu_flags() -> str:
+    """The instructions that the compiler may use (-march=native)."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:12] + torch.backends.cpu.get_cpu_capability()
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(path: Path, modified_ns: int) -> Library:
+    return Library(path)
+
+
+def _load(path: Path) -> Library | None:
+    """The library, loaded once per process; None if there is none, or no good one."""
+    try:
+        return _loaded(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return None
+    except RuntimeError as error:
+        log.warning("%s: not a compiled library (%s); compiled anew", path, str(error)[:200])
+        return None
+
+
+class _Function(nn.Module):
+    """What `torch.export` takes."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, arguments: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.function(*arguments)
+
+
+def _compile(
+    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Argument], path: Path
+) -> None:
+    """Write the library of a function to `path`, whole or not at all."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    varying = torch.export.Dim("varying", min=2)
+    shapes: list[Any] = [dict.fromkeys(argument.varying, varying) for argument in arguments]
+    # Tensors made in inference mode cannot be traced, and examples need no memory.
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with FakeTensorMode():
+            examples = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                for x in (argument.example for argument in arguments)
+            ]
+        exported = torch.export.export(
+            _Function(function), (examples,), dynamic_shapes=(shapes,), strict=False
+        )
+        table = torch.export.default_decompositions()
+        if arguments[0].example.device.type == "cpu":
+            for operation, decomposition in DECOMPOSITIONS.items():
+                table[operation] = decomposition
+        exported = exported.run_decompositions(table)
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+        try:
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            raise CompilationError(f"{path.stem}: {error}") from error
+        os.replace(temporary, path)

@@ -1,0 +1,73 @@
+"""Matrix products of one token as multiply-and-sum, for the compiler to fuse and vectorise.
+
+A product of a matrix with one vector reads the matrix once and is bound by memory. Libraries are
+made for products of matrices: on a CPU their one-token products reach a third of the memory's
+speed (`benchmarks/decode.py` prints both). Written as a sum, the compiler turns them into one
+loop over the matrix's rows, along with what stands around them (norms, gates, states).
+
+`DECOMPOSITIONS` rewrites an exported step so; what holds more than a few tokens stays with the
+library.
+
+Letters: B rows, I inputs, O outputs, H query heads, G key-value heads, N places, K head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slm.kernels.precision import accumulation_dtype
+
+# Up to so many rows a loop over the matrix's rows, which then stay in the cache, is faster.
+MOST_ROWS = 4
+
+aten = torch.ops.aten
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [B, O] of x [B, I] and weight [O, I]."""
+    if x.dim() != 2 or x.shape[0] > MOST_ROWS:
+        y = (x.flatten(0, -2) @ weight.T).unflatten(0, x.shape[:-1])
+    else:
+        # Outputs first: each row of the matrix is read once, for all rows of x.
+        wide = accumulation_dtype(x)
+        y = (weight.unsqueeze(1).to(wide) * x.to(wide)).sum(-1).T.to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[B, T, O] of a [B, T, I] and b [B, I, O]; of one token, T or O is one."""
+    wide = accumulation_dtype(a)
+    return (a.unsqueeze(-1).to(wide) * b.unsqueeze(1).to(wide)).sum(2).to(a.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Softmax attention of one query, q [B, H, 1, K], over k, v [B, G, N, K]; mask [B, 1, 1, N]."""
+    assert q.shape[2] == 1
+    assert mask is not None
+    assert not dropout
+    assert not is_causal
+    assert scale is None
+    wide = accumulation_dtype(q)
+    heads = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)  # [B, G, H / G, K]
+    scores = (heads.unsqueeze(3) * k.unsqueeze(2).to(wide)).sum(-1) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, G, H / G, N]
+    y = (weights.unsqueeze(-1) * v.unsqueeze(2).to(wide)).sum(3)
+    return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
+
+
+DECOMPOSITIONS = {
+    aten.linear.default: linear,
+    aten.bmm.default: batched_matmul,
+    aten.scaled_dot_product_attention.default: attend,
+}
