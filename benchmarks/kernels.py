@@ -15,11 +15,9 @@ import functools
 import importlib
 import json
 import multiprocessing
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -29,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from latency.device import Device
+from latency.memory import PeakMemory
 from latency.timer import CpuMeter, Measurement, Protocol, measure_interleaved
 from slm.kernels.backend import set_backend
 from slm.kernels.delta_rule import chunk_delta_rule, delta_rule
@@ -287,17 +286,12 @@ def peak_mib(name: str, other: str | None) -> float:
     run = forward_backward(kernel, inputs)
     # Threads, and what the allocator keeps: not the kernel's.
     forward_backward(kernel, make_inputs(case.inputs, 64, torch.device("cpu")))()
-    # The kernel's record of the peak, set back to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_mib("VmHWM")
-    run()
-    return resident_mib("VmHWM") - before
-
-
-def resident_mib(key: str) -> float:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    memory = PeakMemory()
+    with memory.measured(Device.current(kind="cpu")):
+        run()
+    if memory.bytes is None:
+        raise OSError("this system does not tell how much memory a process takes")
+    return memory.bytes / 2**20
 
 
 def in_fresh_process(name: str, other: str | None) -> float:

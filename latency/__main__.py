@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pydantic import Field
 
 from latency.device import Device
 from latency.profile import Profile, profile
+from latency.records import Records
 from latency.report import breakdown_table, profile_table
+from latency.roofline import Peaks
 from latency.table import LatencyTable
+from latency.throughput import throughput
 from latency.timer import Protocol
 from latency.workload import Workload
 from slm.architecture import Architecture
-from slm.config import entry_point, read, schema
+from slm.config import ConfigError, entry_point, read, schema
+from slm.decoding_step import CompileUnit
 from slm.kernels.backend import set_backend
 from slm.model_config import ModelConfig
 from slm.runtime import RuntimeConfig
 from slm.training.files import write_atomically
+
+# What the rows of a breakdown are measured with: whole steps have no parts.
+_ROW_UNIT: dict[CompileUnit, CompileUnit] = {
+    "eager": "eager",
+    "operator": "operator",
+    "step": "operator",
+}
 
 
 @schema
@@ -34,6 +47,8 @@ class LatencyConfig(RuntimeConfig):
     device: Literal["cpu", "cuda"] | None
     threads: int | None
     breakdown: bool
+    largest_batch: bool
+    memory_limit_gib: Annotated[float, Field(gt=0)] | None
     cache_dir: Path
     seed: int
     protocol: Protocol
@@ -67,19 +82,34 @@ def main(config: DictConfig) -> Profile:
 
     settings, architecture, device = check(config)
     console = Console()
-    measured = profile(architecture, settings.workload, device, settings.protocol, settings.seed)
-    console.print(profile_table(measured))
-    record: dict[str, Any] = measured.to_dict()
+    peaks = Peaks.load_or_measure(device, settings.cache_dir, console.print)
+    workload, protocol = settings.workload, settings.protocol
+    if settings.largest_batch:
+        limit_bytes = None
+        if settings.memory_limit_gib is not None:
+            limit_bytes = int(settings.memory_limit_gib * 2**30)
+        try:
+            measured = throughput(
+                architecture, workload, device, protocol, limit_bytes, console.print
+            )
+        except MemoryError as error:
+            raise ConfigError([f"memory_limit_gib: {error}"]) from None
+    else:
+        measured = profile(architecture, workload, device, protocol, settings.seed)
+    bound = measured.roofline(peaks)
+    console.print(profile_table(measured, bound))
+    record: dict[str, Any] = {**measured.to_dict(), "roofline": bound.to_dict()}
     if settings.breakdown:
         table = LatencyTable.load_or_build(
             [(operator, architecture.width) for operator in architecture.operators],
             architecture.vocab_size,
-            settings.workload,
+            measured.workload,
             device,
             meta_tokens=architecture.meta_tokens,
             normalize_logits=architecture.normalize_logits,
             cache_dir=settings.cache_dir,
-            protocol=settings.protocol,
+            # Rows are of operators, however the whole was compiled.
+            protocol=replace(protocol, compile_unit=_ROW_UNIT[protocol.compile_unit]),
             progress=console.print,
         )
         console.print(breakdown_table(table, architecture))
@@ -88,9 +118,11 @@ def main(config: DictConfig) -> Profile:
             for name, count, row in table.terms(architecture)
         ]
         record["predicted"] = vars(table.predict(architecture))
+        record["predicted"]["compile_unit"] = table.compile_unit
+    kept = Records(settings.cache_dir, device).write(record)
     path = Path(HydraConfig.get().runtime.output_dir) / "latency.json"
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"written to {path}")
+    console.print(f"written to {path}, kept as {kept}")
     return measured
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from latency.device import Device
+from latency.gpu_monitor import GpuConditions
+from latency.lock import device_lock
+from latency.memory import PeakMemory
 from latency.request import Request, reference_request
+from latency.roofline import Peaks, Roofline, roofline
 from latency.timer import (
     CpuMeter,
     Measurement,
     Protocol,
     Samples,
+    Timing,
     drift_percent,
     measure_interleaved,
     quiet,
@@ -22,6 +27,7 @@ from latency.timer import (
 )
 from latency.workload import Workload
 from slm.architecture import Architecture
+from slm.decoding_step import CompileUnit
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
@@ -36,12 +42,17 @@ class Profile:
     reference_ms: the fixed reference request that ran interleaved; drift_percent: by how much it
         became slower from the first half of the run to the second.
     request_per_reference: the request as a multiple of the reference in the same round: what can
-        be compared between runs while the machine was not equally fast.
+        be compared between runs while the machine was not equally fast; and the 95 % interval of
+        that.
     method: 'whole' requests, or decoding steps 'sampled' at several contexts and integrated.
     compile_unit: what was compiled as one; 'eager' is nothing.
     state_bytes: of the whole batch, at the end of the request.
-    peak_memory_bytes: of the device's allocator, weights included; None on a CPU.
+    peak_memory_bytes: the most that it took, weights included; see `latency.memory`.
     other_cpus_busy: CPUs that other processes kept busy meanwhile, on average.
+    repeats: how often a measurement was disturbed and begun anew; disturbed_rounds: rounds by what
+        disturbed them.
+    gpu: the GPU during each measurement; empty on a CPU.
+    cache_state: 'hot': every weight had just been used, and what fits a cache was in it.
     """
 
     architecture: Architecture
@@ -54,13 +65,27 @@ class Profile:
     reference_ms: Measurement
     drift_percent: float
     request_per_reference: float
+    request_per_reference_interval: tuple[float, float]
     method: Literal["whole", "sampled"]
-    compile_unit: Literal["eager"]
+    compile_unit: CompileUnit
     parameters: int
     state_bytes: int
     peak_memory_bytes: int | None
     other_cpus_busy: float
+    repeats: int
+    disturbed_rounds: dict[str, int]
+    gpu: tuple[GpuConditions, ...]
     seed: int
+    cache_state: Literal["hot"] = "hot"
+
+    @property
+    def middle_context(self) -> int:
+        """Tokens that the step in the middle of the answer sees, meta tokens included."""
+        return (
+            self.architecture.meta_tokens
+            + self.workload.prompt_tokens
+            + (self.workload.new_tokens + 1) // 2
+        )
 
     @property
     def tokens_per_s(self) -> tuple[float, float, float]:
@@ -72,6 +97,16 @@ class Profile:
         )
         return median, low, high
 
+    def roofline(self, peaks: Peaks) -> Roofline:
+        """The time per output token beside what the device could do at best."""
+        return roofline(
+            self.architecture,
+            self.workload,
+            self.middle_context,
+            self.tpot_ms.median_ms,
+            peaks,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -80,6 +115,8 @@ class Profile:
                 values[name] = value.to_dict()
             elif isinstance(value, Workload | Protocol):
                 values[name] = dict(vars(value))
+        values["gpu"] = [each.to_dict() for each in self.gpu]
+        values["request_per_reference_interval"] = list(self.request_per_reference_interval)
         values["architecture"] = str(self.architecture)
         values["digest"] = self.architecture.digest
         values["device"] = self.device.describe()
@@ -91,13 +128,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class _Times:
-    """What is common to both ways of measuring; `reference` are samples in ms."""
+    """What is common to both ways of measuring; `reference` are samples in ms.
+
+    ratio: of the request to the reference in the same round, a number and no time.
+    timings: what it was measured in.
+    """
 
     request: Measurement
     ttft: Measurement
     tpot: Measurement
     reference: np.ndarray
-    request_per_reference: float
+    ratio: Measurement
+    timings: list[Timing]
 
 
 def profile(
@@ -112,15 +154,20 @@ def profile(
     A request that takes longer than `protocol.max_request_seconds` is sampled, not run.
     """
     protocol = protocol or Protocol()
-    request = Request(architecture, workload, device, seed)
-    reference = reference_request(device)
-    if device.kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with quiet(device):
-        meter = CpuMeter()
-        is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
-        times = (_measure_whole if is_whole else _measure_sampled)(request, reference, protocol)
-        other_cpus_busy = meter.others_busy()
+    unit = protocol.compile_unit
+    # What is compiled is compiled under the lock too: it would disturb others that measure.
+    with device_lock(name=device.lock_name):
+        reference = reference_request(device, unit)
+        if unit != "eager":
+            # Once for the compiler, whose memory is not the model's.
+            Request(architecture, workload, device, unit, seed)
+        memory = PeakMemory()
+        with memory.measured(device), quiet(device):
+            request = Request(architecture, workload, device, unit, seed)
+            meter = CpuMeter()
+            is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
+            times = (_measure_whole if is_whole else _measure_sampled)(request, reference, protocol)
+            other_cpus_busy = meter.others_busy()
     context = architecture.meta_tokens + workload.max_tokens
     state_bytes = architecture.state_bytes(context, BYTES_PER_VALUE[workload.dtype])
     return Profile(
@@ -135,13 +182,19 @@ def profile(
             times.reference, protocol.max_interval_percent, times.request.quiet
         ),
         drift_percent=drift_percent(times.reference),
-        request_per_reference=times.request_per_reference,
+        request_per_reference=times.ratio.median_ms,
+        request_per_reference_interval=(times.ratio.low_ms, times.ratio.high_ms),
         method="whole" if is_whole else "sampled",
-        compile_unit="eager",
+        compile_unit=unit,
         parameters=architecture.parameters(),
         state_bytes=workload.batch_size * state_bytes,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if device.kind == "cuda" else None,
+        peak_memory_bytes=memory.bytes,
         other_cpus_busy=other_cpus_busy,
+        repeats=sum(timing.repeats for timing in times.timings),
+        disturbed_rounds=dict(
+            sum((Counter(timing.disturbed_rounds) for timing in times.timings), Counter())
+        ),
+        gpu=tuple(timing.gpu for timing in times.timings if timing.gpu),
         seed=seed,
     )
 
@@ -155,7 +208,11 @@ def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> 
         "request": request.run,
     }
     timing = measure_interleaved(
-        functions, request.device, protocol, derive=lambda samples: {"request": samples["request"]}
+        functions,
+        request.device,
+        protocol,
+        prepare={"reference": reference.run},
+        derive=lambda samples: {"request": samples["request"]},
     )
     samples = timing.samples
 
@@ -167,7 +224,8 @@ def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> 
         measurement(samples["ttft"]),
         measurement((samples["request"] - samples["ttft"]) / steps),
         samples["reference"],
-        float(np.median(samples["request"] / samples["reference"])),
+        measurement(samples["request"] / samples["reference"]),
+        [timing],
     )
 
 
@@ -176,8 +234,8 @@ def _measure_sampled(request: Request, reference: Request, protocol: Protocol) -
     phases = request.sampled(protocol.num_contexts)
     share = replace(protocol, max_seconds=protocol.max_seconds / len(phases))
     terms: list[tuple[float, Measurement]] = []
-    references = []
-    request_per_reference = 0.0
+    timings = []
+    ratios: list[tuple[float, Measurement]] = []
 
     def phase_only(samples: Samples) -> Samples:
         return {"phase": samples["phase"]}
@@ -187,18 +245,23 @@ def _measure_sampled(request: Request, reference: Request, protocol: Protocol) -
             {"reference": reference.run, "phase": phase.run},
             request.device,
             share,
-            prepare={"phase": phase.prepare},
+            prepare={"reference": reference.run, "phase": phase.prepare},
             derive=phase_only,
         )
         terms.append((phase.weight, timing.measurements["phase"]))
-        references.append(timing.samples["reference"])
-        ratios = timing.samples["phase"] / timing.samples["reference"]
-        request_per_reference += phase.weight * float(np.median(ratios))
+        timings.append(timing)
+        ratio = Measurement.from_samples(
+            timing.samples["phase"] / timing.samples["reference"],
+            protocol.max_interval_percent,
+            timing.quiet,
+        )
+        ratios.append((phase.weight, ratio))
     steps = request.workload.new_tokens - 1
     return _Times(
         weighted_sum(terms),
         terms[0][1],
         weighted_sum([(weight / steps, step) for weight, step in terms[1:]]),
-        np.concatenate(references),
-        request_per_reference,
+        np.concatenate([timing.samples["reference"] for timing in timings]),
+        weighted_sum(ratios),
+        timings,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from latency.profile import Profile
+from latency.roofline import Roofline
 from latency.table import LatencyTable
 from latency.timer import Measurement
 from slm.architecture import Architecture
@@ -13,13 +14,13 @@ from slm.architecture import Architecture
 BUSY_REMARK = 0.1
 
 
-def profile_table(measured: Profile) -> Table:
-    """The figures of a whole model, with their intervals."""
+def profile_table(measured: Profile, roofline: Roofline) -> Table:
+    """The figures of a whole model, with their intervals, beside what bounds them."""
     device, workload = measured.device, measured.workload
     table = Table(
-        title=f"{workload} on {device.model}, {device.limit}, {measured.compile_unit}, "
+        title=f"{workload} on {device.model}, {device.limit}, compiled: {measured.compile_unit}, "
         f"{measured.method}",
-        caption="intervals: 95 % of the median" + _remarks(measured),
+        caption="intervals: 95 % of the median" + _remarks(measured, roofline),
     )
     for column in ("", "median", "95 % interval", "n"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
@@ -32,6 +33,10 @@ def profile_table(measured: Profile) -> Table:
         table.add_row(name, f"{times.median_ms:.3f}", _interval(times), str(times.n))
     median, low, high = measured.tokens_per_s
     table.add_row("tokens per second", f"{median:.1f}", f"{low:.1f} – {high:.1f}", "")
+    step_s = measured.tpot_ms.median_ms / 1000
+    table.add_row("tokens per second, decoding", f"{workload.batch_size / step_s:.1f}", "", "")
+    name = f"share of the {roofline.bound} roofline, {roofline.bound_ms:.3f} ms"
+    table.add_row(name, f"{roofline.fraction:.0%}", "", "")
     table.add_row("drift of the reference, %", f"{measured.drift_percent:+.1f}", "", "")
     table.add_row("parameters", f"{measured.parameters:,}", "", "")
     table.add_row("state, bytes", f"{measured.state_bytes:,}", "", "")
@@ -60,9 +65,11 @@ def _interval(times: Measurement) -> str:
     return f"{times.low_ms:.3f} – {times.high_ms:.3f}"
 
 
-def _remarks(measured: Profile) -> str:
+def _remarks(measured: Profile, roofline: Roofline) -> str:
     """What a reader must know before believing the figures."""
     remarks = ""
+    if roofline.fraction > 1:
+        remarks += "; above 100 % of the roofline: weights stay in a cache"
     if not measured.request_ms.converged:
         remarks += f"; wider than ±{measured.protocol.max_interval_percent:g} % when time was up"
     if not measured.request_ms.quiet:

@@ -14,8 +14,11 @@ from latency.device import Device
 from latency.timer import time_call
 from latency.workload import Workload
 from slm.architecture import Architecture
+from slm.compile_ahead import Decoding
+from slm.decoding_step import CompileUnit
 from slm.generation import Decoder
 from slm.model import LanguageModel
+from slm.runtime import thread_count
 
 # Steps that the estimate of a request's time rests on.
 ESTIMATE_STEPS = 3
@@ -47,7 +50,12 @@ class Request:
     """
 
     def __init__(
-        self, architecture: Architecture, workload: Workload, device: Device, seed: int = 0
+        self,
+        architecture: Architecture,
+        workload: Workload,
+        device: Device,
+        compile_unit: CompileUnit = "eager",
+        seed: int = 0,
     ) -> None:
         self.workload, self.device = workload, device
         with torch.random.fork_rng(devices=[]):
@@ -59,7 +67,11 @@ class Request:
         self.tokens = tokens.to(device.torch_device)  # [B, prompt + new]
         self.prompt = self.tokens[:, : workload.prompt_tokens]
         model = model.to(device.torch_device, workload.torch_dtype)
-        self.decoder = Decoder(model, workload.max_tokens, workload.batch_size)
+        with thread_count(device.threads):
+            # What is compiled, is for so many threads.
+            self.decoder = Decoder(
+                model, workload.max_tokens, workload.batch_size, compile_unit=compile_unit
+            )
 
     def run(self) -> None:
         """The whole request: prefill, then new_tokens − 1 steps, greedily."""
@@ -73,8 +85,9 @@ class Request:
 
     def steps(self, count: int) -> None:
         """Decoding steps, the choice of each next token included."""
+        tokens = self.tokens[:, 0].contiguous()
         for _ in range(count):
-            self.decoder.step(self.tokens[:, 0]).argmax(dim=-1)
+            tokens = self.decoder.greedy_step(tokens)
 
     def estimate_ms(self) -> float:
         """Roughly what `run` takes, without running it."""
@@ -113,12 +126,36 @@ class Request:
     def _hold(self, first: int, last: int) -> None:
         """See to it that between `first` and `last` tokens have been read."""
         if not first <= self.decoder.num_tokens <= last:
-            self.decoder.prefill(self.tokens[:, :first])
+            self.decoder.pretend(first)
 
 
-def reference_request(device: Device) -> Request:
-    """The request that runs interleaved with whatever is measured on a device."""
-    return Request(REFERENCE, REFERENCE_WORKLOAD, device)
+def decoding(
+    architecture: Architecture, workload: Workload, device: Device, compile_unit: CompileUnit
+) -> Decoding:
+    """What a request of it decodes, to be compiled before."""
+    return Decoding(
+        str(architecture),
+        workload.max_tokens,
+        workload.batch_size,
+        compile_unit,
+        workload.torch_dtype,
+        device.torch_device,
+        device.threads,
+    )
+
+
+def reference_decoding(device: Device, compile_unit: CompileUnit) -> Decoding:
+    """What the reference request decodes."""
+    return decoding(REFERENCE, REFERENCE_WORKLOAD, device, compile_unit)
+
+
+def reference_request(device: Device, compile_unit: CompileUnit = "eager") -> Request:
+    """The request that runs interleaved with whatever is measured on a device.
+
+    It says how fast the machine is. What ran before must not show in that: it runs twice, and the
+    second time, when the caches are its own, counts.
+    """
+    return Request(REFERENCE, REFERENCE_WORKLOAD, device, compile_unit)
 
 
 def _nothing() -> None:

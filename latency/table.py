@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 from latency.device import Device
 from latency.lock import device_lock
 from latency.profile import profile
-from latency.request import Request, reference_request
+from latency.request import Request, decoding, reference_decoding, reference_request
 from latency.table_error import TableError, table_error
 from latency.table_file import read_table, write_table
 from latency.timer import (
@@ -41,6 +41,8 @@ from latency.timer import (
 )
 from latency.workload import Workload
 from slm.architecture import Architecture
+from slm.compile_ahead import Decoding, compile_ahead
+from slm.decoding_step import CompileUnit
 from slm.operators import FFNConfig, OperatorConfig
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class LatencyTable:
     """Rows for one workload on one device, for models that are alike outside of their operators.
 
     vocab_size, meta_tokens, normalize_logits: as in the architectures that it is asked about.
+    compile_unit: of the decoder that it is measured with.
     rows: by width, then by the operator's text; `BASE` names the rest of the model.
     reference_ms: time of the reference request at the machine speed at which the rows hold; None
         while there are no rows.
@@ -82,6 +85,7 @@ class LatencyTable:
     vocab_size: int
     meta_tokens: int = 0
     normalize_logits: bool = False
+    compile_unit: CompileUnit = "eager"
     rows: dict[int, dict[str, Measurement]] = field(default_factory=dict)
     reference_ms: float | None = None
 
@@ -106,7 +110,8 @@ class LatencyTable:
         cannot be built at its width.
         """
         protocol = protocol or Protocol()
-        table = cls(workload, device, vocab_size, meta_tokens, normalize_logits)
+        unit = protocol.compile_unit
+        table = cls(workload, device, vocab_size, meta_tokens, normalize_logits, unit)
         path = table.path(cache_dir)
         wanted = list(operators)
         table = read_table(path, table.parse) or table
@@ -115,6 +120,7 @@ class LatencyTable:
         with device_lock(name=device.lock_name):
             # Another process may have measured them while this one waited for the device.
             table = read_table(path, table.parse) or table
+            compile_ahead(table._decodings(table.missing(wanted)), progress)
             for width, missing in table.missing(wanted).items():
                 meter = CpuMeter()
                 if progress:
@@ -132,6 +138,7 @@ class LatencyTable:
         parts = [str(self.workload), f"v{self.vocab_size}", f"m{self.meta_tokens}"]
         if self.normalize_logits:
             parts.append("normalized")
+        parts.append(self.compile_unit)
         return cache_dir / "latency" / self.device.key / f"{'-'.join(parts)}.json"
 
     def missing(self, operators: Iterable[Row]) -> dict[int, list[OperatorConfig]]:
@@ -196,7 +203,7 @@ class LatencyTable:
             "vocab_size": self.vocab_size,
             "meta_tokens": self.meta_tokens,
             "normalize_logits": self.normalize_logits,
-            "compile_unit": "eager",
+            "compile_unit": self.compile_unit,
             "reference_ms": self.reference_ms,
             "rows": {
                 str(width): {name: row.to_dict() for name, row in rows.items()}
@@ -253,7 +260,7 @@ class LatencyTable:
             name: request.whole() if is_whole else request.sampled(protocol.num_contexts)
             for name, request in requests.items()
         }
-        num_phases, reference = len(phases[BASE]), reference_request(self.device)
+        num_phases, reference = len(phases[BASE]), reference_request(self.device, self.compile_unit)
         share = replace(protocol, max_seconds=protocol.max_seconds * len(requests) / num_phases)
         terms: dict[str, list[tuple[float, Measurement]]] = {}
         for number in range(num_phases):
@@ -262,7 +269,10 @@ class LatencyTable:
                 {REFERENCE: reference.run, **{name: each.run for name, each in current.items()}},
                 self.device,
                 share,
-                prepare={name: phase.prepare for name, phase in current.items()},
+                prepare={
+                    REFERENCE: reference.run,
+                    **{name: phase.prepare for name, phase in current.items()},
+                },
                 derive=costs,
             )
             self.reference_ms = self.reference_ms or float(np.median(timing.samples[REFERENCE]))
@@ -270,13 +280,25 @@ class LatencyTable:
                 terms.setdefault(name, []).append((current[BASE].weight, measurement))
         return {name: weighted_sum(parts) for name, parts in terms.items()}
 
+    def _decodings(self, missing: Mapping[int, list[OperatorConfig]]) -> Iterator[Decoding]:
+        """What is decoded to measure the operators."""
+        yield reference_decoding(self.device, self.compile_unit)
+        for width, operators in missing.items():
+            for operator in operators:
+                architecture = self._architecture(width, operator, copies=1)
+                yield decoding(architecture, self.workload, self.device, self.compile_unit)
+
     def _request(self, width: int, operator: OperatorConfig, copies: int) -> Request:
         """A request of the anchor model with `copies` of an operator added."""
-        architecture = Architecture(
+        architecture = self._architecture(width, operator, copies)
+        return Request(architecture, self.workload, self.device, self.compile_unit)
+
+    def _architecture(self, width: int, operator: OperatorConfig, copies: int) -> Architecture:
+        """The anchor model with `copies` of an operator added."""
+        return Architecture(
             width=width,
             vocab_size=self.vocab_size,
             meta_tokens=self.meta_tokens,
             normalize_logits=self.normalize_logits,
             operators=(ANCHOR, *[operator] * copies),
         )
-        return Request(architecture, self.workload, self.device)

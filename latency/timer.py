@@ -27,13 +27,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from latency.clock import Clock, Sample, clock_of
 from latency.device import Device
 from latency.gpu_monitor import GpuConditions, GpuReading
 from latency.lock import device_lock
+from slm.compilation import compiler_problems
 from slm.config import ConfigError, schema
+from slm.decoding_step import CompileUnit
+from slm.runtime import thread_count
 
 # Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ < 0.05 < 2 · 0.5⁵.
 MIN_ROUNDS = 6
@@ -50,6 +52,8 @@ class Protocol:
     max_rounds: most samples of a measurement.
     max_repeats: how often a measurement that was disturbed is repeated, `max_seconds` each time.
     warmup_rounds: untimed rounds before the first sample.
+    compile_unit: what the decoder that is timed compiles as one, see `slm.decoding_step`:
+        'operator' lets all architectures share what is compiled, 'step' is what is delivered.
     max_request_seconds: a request that takes longer is not run whole: decoding steps are timed at
         `num_contexts` evenly spaced contexts and integrated.
     """
@@ -59,6 +63,7 @@ class Protocol:
     max_rounds: int = 2000
     max_repeats: int = 2
     warmup_rounds: int = 2
+    compile_unit: CompileUnit = "eager"
     max_request_seconds: float = 1.0
     num_contexts: int = 8
 
@@ -78,6 +83,8 @@ class Protocol:
             )
             if getattr(self, name) < least
         ]
+        if self.compile_unit != "eager":
+            problems += compiler_problems("compile_unit", self.compile_unit)
         if problems:
             raise ConfigError(problems)
 
@@ -324,8 +331,7 @@ def quiet(device: Device) -> Iterator[None]:
     """The device for us alone: its lock, its thread count, no garbage collection."""
     with ExitStack() as stack:
         stack.enter_context(device_lock(name=device.lock_name))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(device.threads)
+        stack.enter_context(thread_count(device.threads))
         if gc.isenabled():
             gc.collect()
             gc.disable()

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class CompilationError(RuntimeError):
 class Argument:
     """An example of an argument: a tensor of its shape, strides, dtype and device.
 
-    varying: axes whose size may be another in each call (all such axes have the same one).
+    varying: axes whose size, at least two, may be another in each call.
     """
 
     example: Tensor
@@ -92,12 +93,23 @@ def library(
         with FileLock(path.with_suffix(".lock")):
             found = _load(path)
             if found is None:
-                log.info("compiling %s", name)
+                log.info("compiling %s", name if len(name) <= 80 else f"{name[:79]}…")
                 _compile(function, arguments, path)
                 found = _load(path)
         if found is None:
             raise CompilationError(f"{name}: what was compiled cannot be loaded")
     return found
+
+
+def compiler_problems(field: str, value: str) -> list[str]:
+    """Why the `value` of a config's field, which wants something compiled, cannot be had."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler):
+        return []
+    return [
+        f"{field}: {value!r} needs a C++ compiler, and there is no {compiler!r}: install g++, name "
+        "another in CXX, or choose 'eager'"
+    ]
 
 
 def library_path(name: str, arguments: Sequence[Argument]) -> Path:
@@ -160,7 +172,7 @@ def _compile(
     """Write the library of a function to `path`, whole or not at all."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    varying = torch.export.Dim("varying", min=2)
+    varying = torch.export.Dim.DYNAMIC(min=2)
     shapes: list[Any] = [dict.fromkeys(argument.varying, varying) for argument in arguments]
     # Tensors made in inference mode cannot be traced, and examples need no memory.
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():

@@ -10,19 +10,23 @@ Letters: B rows, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm.compilation import Argument, library, library_path
+from slm.compilation import Argument, Library, library, library_path
 from slm.model import LanguageModel, Layer, ModelState, head_logits
 from slm.operators import State
 from slm.operators.attention import PLACES_BLOCK
+
+# Before a step is captured.
+WARMUP_STEPS = 2
 
 CompileUnit = Literal["eager", "operator", "step"]
 Tensors = tuple[Tensor, ...]
@@ -33,27 +37,55 @@ class Piece:
     """A part of the step that may be compiled: `function(x, *tensors)`.
 
     name: tells the function from all others, along with the layouts of its arguments.
+    example: of x.
     weights: first of the tensors; what `state` holds, None for nothing, is the others.
     """
 
     name: str
     function: Callable[..., Tensors]
+    example: Tensor
     weights: list[Tensor]
     state: State | None = None
+
+    @property
+    def library_path(self) -> Path:
+        """Where it lies compiled, or will."""
+        return library_path(self.name, self.arguments())
+
+    def library(self) -> Library:
+        """It, compiled."""
+        return library(self.name, self.function, self.arguments())
 
     def tensors(self, num_tokens: int) -> list[Tensor]:
         """What the function needs until `num_tokens` tokens, meta tokens too, have been read."""
         return self.weights + ([] if self.state is None else self.state.upto(num_tokens).tensors())
 
     def arguments(self) -> list[Argument]:
-        """Of the function, without x; what grows with the tokens read varies in size."""
-        arguments = [Argument(weight) for weight in self.weights]
+        """Of the function; what grows with the tokens read varies in size."""
+        arguments = [Argument(x) for x in (self.example, *self.weights)]
         if self.state is not None:
             least = copy.copy(self.state).upto(1).tensors()
             for whole, part in zip(self.state.tensors(), least, strict=True):
                 axes = [axis for axis in range(part.dim()) if whole.shape[axis] != part.shape[axis]]
                 arguments.append(Argument(part, tuple(axes)))
         return arguments
+
+
+def init_state(model: LanguageModel, batch_size: int, max_tokens: int) -> ModelState:
+    """A state of whole blocks of places, so that what is compiled for one length serves all.
+
+    Two at least: what has always the same size is compiled for that.
+    """
+    num_meta = model.architecture.meta_tokens
+    blocks = max(2, -(-(num_meta + max_tokens) // PLACES_BLOCK))
+    return model.init_state(batch_size, blocks * PLACES_BLOCK - num_meta)
+
+
+@torch.inference_mode()
+def is_compiled(model: LanguageModel, max_tokens: int, batch_size: int, unit: CompileUnit) -> bool:
+    """Whether a decoder of such rows would find everything compiled."""
+    state = init_state(model, batch_size, max_tokens)
+    return all(piece.library_path.exists() for piece in pieces(model, state, batch_size, unit))
 
 
 class CompiledStep:
@@ -65,17 +97,27 @@ class CompiledStep:
     def __init__(
         self, model: LanguageModel, state: ModelState, batch_size: int, unit: CompileUnit
     ) -> None:
-        self.model, self.unit = model, unit
-        self.pieces = pieces(model, state, unit)
-        self.libraries = [
-            library(piece.name, piece.function, [Argument(x), *piece.arguments()])
-            for piece, x in zip(self.pieces, _examples(model, batch_size, unit), strict=True)
-        ]
+        self.model, self.state, self.batch_size, self.unit = model, state, batch_size, unit
+        self.pieces, self._stamp = pieces(model, state, batch_size, unit), self._weights()
+        self.libraries = [piece.library() for piece in self.pieces]
+        self._state = [tensor for each in state.operators for tensor in each.tensors()]
+        self._captured: CapturedStep | None = None
+        self._pointers: list[int] = []
         self.forget()
 
     def forget(self) -> None:
         """Look at the weights anew, and at what has been read."""
         self._room = 0
+        stamp = self._weights()
+        if stamp != self._stamp:
+            self.pieces = pieces(self.model, self.state, self.batch_size, self.unit)
+            self._stamp = stamp
+
+    def _weights(self) -> list[int]:
+        """Where they are, those that follow from others too."""
+        row_norms = self.model.row_norms()
+        found = [parameter.data_ptr() for parameter in self.model.parameters()]
+        return found if row_norms is None else [*found, row_norms.data_ptr()]
 
     def __call__(self, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Read tokens [B] after `num_tokens` others, meta tokens too.
@@ -84,6 +126,13 @@ class CompiledStep:
         """
         if num_tokens >= self._room:
             self._make_room(num_tokens + 1)
+        if not tokens.is_cuda:
+            return self._run(tokens)
+        if self._captured is None:
+            self._captured = CapturedStep(self._run, tokens, self._state)
+        return self._captured(tokens)
+
+    def _run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = tokens if self.unit == "step" else F.embedding(tokens, self.model.embedding.weight)
         results: list[Tensor] = []
         for run, arguments in zip(self.libraries, self._arguments, strict=True):
@@ -99,41 +148,64 @@ class CompiledStep:
         self._arguments = [
             [self.model.norm.weight, *piece.tensors(self._room)] for piece in self.pieces
         ]
+        pointers = [x.data_ptr() for arguments in self._arguments for x in arguments]
+        if pointers != self._pointers:
+            # A captured step knows tensors by where they are.
+            self._captured, self._pointers = None, pointers
 
 
-def is_compiled(
+class CapturedStep:
+    """A step recorded as a CUDA graph: one launch per token, for as long as its tensors stay.
+
+    run: the step, from tokens [B] to what it gives; state: all that it changes.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
+        tokens: Tensor,
+        state: list[Tensor],
+    ) -> None:
+        self._tokens = tokens.clone()
+        before = [tensor.clone() for tensor in state]
+        # What libraries set up when they are first called must not be recorded.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_STEPS):
+                run(self._tokens)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._greedy, self._logits = run(self._tokens)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What `run` gives; the logits are overwritten by the next step."""
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._greedy.clone(), self._logits
+
+
+def pieces(
     model: LanguageModel, state: ModelState, batch_size: int, unit: CompileUnit
-) -> bool:
-    """Whether a `CompiledStep` would find all its libraries."""
-    return all(
-        library_path(piece.name, [Argument(x), *piece.arguments()]).exists()
-        for piece, x in zip(
-            pieces(model, state, unit), _examples(model, batch_size, unit), strict=True
-        )
-    )
-
-
-def pieces(model: LanguageModel, state: ModelState, unit: CompileUnit) -> list[Piece]:
+) -> list[Piece]:
     """What is to be compiled: the layers and the head, or one piece of everything."""
+    embedding = model.embedding.weight
+    x = embedding.new_empty(batch_size, embedding.shape[1])  # [B, D]
     parts = [
-        _layer_piece(layer, layer_state)
+        _layer_piece(layer, layer_state, x)
         for layer, layer_state in zip(model.layers, state.operators, strict=True)
     ]
-    parts.append(_head_piece(model))
-    return parts if unit == "operator" else [_step_piece(model, parts)]
+    parts.append(_head_piece(model, x))
+    if unit == "operator":
+        return parts
+    tokens = torch.empty(batch_size, dtype=torch.int64, device=embedding.device)
+    return [_step_piece(model, parts, tokens)]
 
 
-def _examples(model: LanguageModel, batch_size: int, unit: CompileUnit) -> Iterator[Tensor]:
-    """The first argument of each piece."""
-    embedding = model.embedding.weight
-    if unit == "step":
-        yield torch.empty(batch_size, dtype=torch.int64, device=embedding.device)
-        return
-    for _ in range(len(model.layers) + 1):
-        yield embedding.new_empty(batch_size, embedding.shape[1])
-
-
-def _layer_piece(layer: Layer, state: State) -> Piece:
+def _layer_piece(layer: Layer, state: State, x: Tensor) -> Piece:
     config = layer.operator.config
     names, weights = zip(*layer.named_parameters(prefix="layer"), strict=True)
     module, template = _LayerStep(layer), copy.copy(state).upto(1)
@@ -144,7 +216,7 @@ def _layer_piece(layer: Layer, state: State) -> Piece:
         return (torch.func.functional_call(module, weights, (x, current)),)
 
     name = f"{config} norm_eps={layer.norm.eps}"
-    return Piece(name, step, [weight.detach() for weight in weights], state)
+    return Piece(name, step, x, [weight.detach() for weight in weights], state)
 
 
 class _LayerStep(nn.Module):
@@ -168,7 +240,7 @@ def _with_tensors(state: State, tensors: Tensors) -> State:
     return changed
 
 
-def _head_piece(model: LanguageModel) -> Piece:
+def _head_piece(model: LanguageModel, x: Tensor) -> Piece:
     """The last norm, the logits and the likeliest token."""
     norm, row_norms = model.norm, model.row_norms()
 
@@ -178,14 +250,13 @@ def _head_piece(model: LanguageModel) -> Piece:
         return logits.argmax(-1), logits
 
     weights = [norm.weight.detach(), model.head_weight.detach()]
-    return Piece(
-        f"head norm_eps={norm.eps}", head, weights + ([] if row_norms is None else [row_norms])
-    )
+    weights += [] if row_norms is None else [row_norms]
+    return Piece(f"head norm_eps={norm.eps}", head, x, weights)
 
 
-def _step_piece(model: LanguageModel, parts: list[Piece]) -> Piece:
+def _step_piece(model: LanguageModel, parts: list[Piece], tokens: Tensor) -> Piece:
     """All parts one after the other, from the embedding on."""
-    counts = [len(part.arguments()) for part in parts]
+    counts = [len(part.arguments()) - 1 for part in parts]
 
     def step(tokens: Tensor, embedding: Tensor, *tensors: Tensor) -> Tensors:
         results: Tensors = (F.embedding(tokens, embedding),)
@@ -195,7 +266,7 @@ def _step_piece(model: LanguageModel, parts: list[Piece]) -> Piece:
         return results
 
     names = " ".join(part.name for part in parts)
-    return _Chain(f"step {names}", step, [model.embedding.weight.detach()], parts=parts)
+    return _Chain(f"step {names}", step, tokens, [model.embedding.weight.detach()], parts=parts)
 
 
 @dataclass(frozen=True)
@@ -208,5 +279,6 @@ class _Chain(Piece):
         return self.weights + [x for part in self.parts for x in part.tensors(num_tokens)]
 
     def arguments(self) -> list[Argument]:
-        own = [Argument(weight) for weight in self.weights]
-        return own + [argument for part in self.parts for argument in part.arguments()]
+        own = [Argument(x) for x in (self.example, *self.weights)]
+        # Each part's own first argument is what the part before it gives.
+        return own + [argument for part in self.parts for argument in part.arguments()[1:]]

@@ -13,8 +13,10 @@ import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
+from slm.compilation import compiler_problems
 from slm.config import ConfigError, entry_point, read, schema
 from slm.data.tokenizer import end_of_text_id, load_tokenizer
+from slm.decoding_step import CompileUnit, is_compiled
 from slm.generation import Decoder
 from slm.hub.loading import load_model
 from slm.kernels.backend import set_backend
@@ -27,6 +29,8 @@ class GenerateConfig(RuntimeConfig):
 
     checkpoint: a `.ckpt` file, a run's folder or an export.
     temperature, top_k, top_p: as in `slm.generation.Sampler`.
+    compile_unit: what of a step is compiled as one, once for a model's shapes, see
+        `slm.decoding_step`; None: a whole step if that has been done before, else nothing.
     """
 
     checkpoint: Path
@@ -36,13 +40,19 @@ class GenerateConfig(RuntimeConfig):
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
     seed: Annotated[int, Field(ge=0)] = 0
+    compile_unit: CompileUnit | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        problems = []
         if not self.checkpoint.exists():
-            raise ConfigError([f"checkpoint: '{self.checkpoint}': no such file or folder"])
+            problems.append(f"checkpoint: '{self.checkpoint}': no such file or folder")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(["device: 'cuda': there is no GPU"])
+            problems.append("device: 'cuda': there is no GPU")
+        if self.compile_unit not in (None, "eager"):
+            problems += compiler_problems("compile_unit", str(self.compile_unit))
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def device_type(self) -> str:
@@ -65,7 +75,11 @@ def stream(config: GenerateConfig) -> Iterator[str]:
     # The end of text comes first, as in training.
     tokens = torch.tensor([tokenizer.encode(config.prompt).ids], device=model.norm.weight.device)
 
-    decoder = Decoder(model, max_tokens=tokens.shape[1] + config.new_tokens)
+    max_tokens = tokens.shape[1] + config.new_tokens
+    unit = config.compile_unit
+    if unit is None:
+        unit = "step" if is_compiled(model, max_tokens, 1, "step") else "eager"
+    decoder = Decoder(model, max_tokens, compile_unit=unit)
     decode = DecodeStream(skip_special_tokens=True)
     for token in decoder.generate(
         tokens,

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from slm.decoding_step import CompiledStep, CompileUnit
+from slm.decoding_step import CompiledStep, CompileUnit, init_state
 from slm.model import LanguageModel
-from slm.operators.attention import PLACES_BLOCK
 
 # Prompts are read in pieces of so many tokens, which bounds the memory that it takes.
 PREFILL_TOKENS = 4096
@@ -41,12 +40,10 @@ class Decoder:
         self.num_meta = model.architecture.meta_tokens
         self.num_tokens = 0
         self._compiled: CompiledStep | None = None
-        places = max_tokens
-        if compile_unit != "eager":
-            # Whole blocks, so that one library serves every length.
-            places = -(-(self.num_meta + max_tokens) // PLACES_BLOCK) * PLACES_BLOCK - self.num_meta
-        self.state = model.init_state(batch_size, places)
-        if compile_unit != "eager":
+        if compile_unit == "eager":
+            self.state = model.init_state(batch_size, max_tokens)
+        else:
+            self.state = init_state(model, batch_size, max_tokens)
             self._compiled = CompiledStep(model, self.state, batch_size, compile_unit)
 
     @torch.inference_mode()

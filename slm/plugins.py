@@ -16,6 +16,8 @@ from slm.operators import OPERATORS, Operator
 
 # Of the sources of every plugin that this process has imported, by the module's name.
 _digests: dict[str, str] = {}
+# What each was imported by, by the module's name.
+_sources: dict[str, str] = {}
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -32,6 +34,11 @@ def load_plugins(plugins: Sequence[str]) -> None:
             problems += [f"plugins: '{plugin}': {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
+
+
+def loaded_plugins() -> tuple[str, ...]:
+    """What `load_plugins` has imported: the whole paths of files, the names of modules."""
+    return tuple(_sources[name] for name in _digests)
 
 
 def plugin_digests() -> dict[str, str]:
@@ -59,6 +66,7 @@ def _load(plugin: str) -> None:
         OPERATORS.update(known)
         raise ConfigError([_describe(error, file)]) from error
     _digests[name] = _digest(name)
+    _sources[name] = name if file is None else str(file)
 
 
 def _check_file(file: Path, name: str) -> None:

@@ -5,7 +5,8 @@ Configs derive from the dataclasses here, so that both are settled before anythi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ import torch
 from pydantic_core import ArgsKwargs
 
 from slm.config import ConfigError, schema
-from slm.kernels.backend import Backend, check_backend, set_backend
-from slm.plugins import load_plugins, plugin_digests
+from slm.kernels.backend import Backend, check_backend, current_backend, set_backend
+from slm.plugins import load_plugins, loaded_plugins, plugin_digests
 
 
 @schema
@@ -65,6 +66,17 @@ class RuntimeConfig(PluginsConfig):
         return Runtime(self.plugins, self.backend, plugin_digests())
 
 
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """So many of torch's CPU threads, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a further process has to set up to compute what this one would.
@@ -75,6 +87,11 @@ class Runtime:
     plugins: tuple[str, ...]
     backend: Backend
     digests: dict[str, str]
+
+    @classmethod
+    def current(cls) -> Runtime:
+        """What this process has set up."""
+        return cls(loaded_plugins(), current_backend(), plugin_digests())
 
     def apply(self) -> None:
         """Import the plugins and choose the kernels.

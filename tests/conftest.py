@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,16 @@ hypothesis.settings.load_profile("repeatable")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is compiled is compiled anew, once for the processes of one run of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLM_CACHE_DIR", str(folder / "slm_cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from pages import page_blocks, page_commands
 from torch import Tensor
 
 from slm.architecture import Architecture
+from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
 from slm.plugins import load_plugins
@@ -26,14 +27,20 @@ WIDTH, T = 16, 90
 
 # What is added to each command, so that it takes seconds.
 TEXT = ["data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer.vocab_size=300"]
-PROTOCOL = ["protocol.max_seconds=0.01", "protocol.warmup_rounds=1", "protocol.max_rounds=6"]
+PROTOCOL = [
+    *("protocol.max_seconds=0.01", "protocol.warmup_rounds=1", "protocol.max_rounds=6"),
+    "protocol.compile_unit=eager",
+]
 WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
 TINY = {
     "train.py": [
         *(*TEXT, "trainer=cpu_small", "trainer.max_steps=2", "trainer.validation_tokens=128"),
         *("trainer.batch_size=2", "trainer.sequence_tokens=16"),
     ],
-    "latency": [*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64"],
+    "latency": [
+        *(*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64", "memory_limit_gib=0.1"),
+    ],
+    "latency.show": [],
     "search": [
         *(*TEXT, *PROTOCOL, *WORKLOAD, "target_ms=1e6", "num_candidates=3", "cloze_items=5"),
         *("evolution.initial_candidates=3", "evolution.population_size=3"),
@@ -133,6 +140,16 @@ def test_prefill_and_steps_equal_forward(tokens: Tensor, meta_tokens: int, promp
 
 
 @pytest.mark.usefixtures("_plugin")
+def test_compiled_steps_equal_eager(tokens: Tensor) -> None:
+    model = build()
+    eager, compiled = Decoder(model, T, 2), Decoder(model, T, 2, "step")
+    for decoder in (eager, compiled):
+        decoder.prefill(tokens[:, :3])
+    for t in range(3, T):
+        assert relative_rms(compiled.step(tokens[:, t]), eager.step(tokens[:, t])) < 1e-5
+
+
+@pytest.mark.usefixtures("_plugin")
 @pytest.mark.parametrize("meta_tokens", [0, 5])
 @torch.no_grad()
 def test_packed_equals_separate(tokens: Tensor, meta_tokens: int) -> None:
@@ -214,6 +231,18 @@ def test_the_operator_study_gives_what_its_page_says(
         }
         assert all(row["error"] is None for row in rows)
         assert columns - {"latency", "parameters"} <= set(rows[0])
+
+
+def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:
+    found = run_page(root, root / "docs" / "latency.md", tmp_path)
+    whole, breakdown, largest, shown = (printed for _, printed in found)
+    assert "share of the memory roofline" in whole
+    assert "from the latency table" in breakdown
+    batch = re.search(r"throughput of a batch of (\d+)", largest)
+    assert batch is not None
+    assert int(batch[1]) > 1
+    assert f"b{batch[1]}-p4-n4-float32" in shown
+    assert "peaks:" in shown
 
 
 def test_the_commands_do_what_the_page_says(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.kernels.backend import use_fla
+from slm.kernels.backend import current_backend, use_fla
 from slm.kernels.precision import accumulation_dtype
 
 
@@ -114,9 +114,19 @@ def masked_attention(
     return torch.cat(outputs, dim=1)
 
 
-def attention_step(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """One query per row, q [B, H, K], over k, v [B, N, G, K]; `visible` [B, N] or None for all."""
-    mask = None if visible is None else visible[:, None, None]
+def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """One query per row, q [B, H, K], over the first `lengths` [B] places of k, v [B, N, G, K].
+
+    None: all of them. Lengths are tensors where a step is compiled or captured for many.
+    """
+    mask = None
+    if lengths is not None:
+        if q.is_cuda and current_backend() != "torch":
+            from slm.kernels.decode_attention import decode_attention
+
+            return decode_attention(q, k, v, lengths)
+        places = torch.arange(k.shape[1], device=k.device)
+        mask = (places < lengths[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(
         q.unsqueeze(2),
         k.transpose(1, 2),
@@ -143,16 +153,24 @@ def visible_keys(
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary embedding (Su et al. 2021), rotate-half form: x [..., H, K], positions [...]."""
-    frequencies = _frequencies(x.shape[-1], theta, x.device)
+    # What a compiler makes is its own, and not for others to find.
+    of = _frequencies if torch.compiler.is_compiling() else _known_frequencies
+    frequencies = of(x.shape[-1], theta, x.device)
     angles = positions[..., None, None] * frequencies  # [..., 1, K / 2]
     cos, sin = angles.cos(), angles.sin()
     left, right = x.to(accumulation_dtype(x)).chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    # By Python: at a position in the thousands the last bit shows, and compilers round their own
+    # way.
+    values = [theta ** (-place / head_dim) for place in range(0, head_dim, 2)]
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     # Not a module buffer: those are garbage after initialisation on the meta device.
     with torch.inference_mode(False):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        return theta**-exponents
+        return _frequencies(head_dim, theta, device)

@@ -2,11 +2,12 @@
 
 A product of a matrix with one vector reads the matrix once and is bound by memory. Libraries are
 made for products of matrices: on a CPU their one-token products reach a third of the memory's
-speed (`benchmarks/decode.py` prints both). Written as a sum, the compiler turns them into one
-loop over the matrix's rows, along with what stands around them (norms, gates, states).
+speed. Written as a sum, the compiler turns them into one loop over the matrix's rows, along with
+what stands around them (norms, gates, states). Of several tokens the library is as fast or faster:
+a feed-forward network of width 384 takes 0.25 ms for two either way, for four 0.30 ms by the
+library and 0.45 ms as sums.
 
-`DECOMPOSITIONS` rewrites an exported step so; what holds more than a few tokens stays with the
-library.
+`DECOMPOSITIONS` rewrites an exported step so.
 
 Letters: B rows, I inputs, O outputs, H query heads, G key-value heads, N places, K head size.
 """
@@ -18,20 +19,17 @@ from torch import Tensor
 
 from slm.kernels.precision import accumulation_dtype
 
-# Up to so many rows a loop over the matrix's rows, which then stay in the cache, is faster.
-MOST_ROWS = 4
-
 aten = torch.ops.aten
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y [B, O] of x [B, I] and weight [O, I]."""
-    if x.dim() != 2 or x.shape[0] > MOST_ROWS:
-        y = (x.flatten(0, -2) @ weight.T).unflatten(0, x.shape[:-1])
-    else:
-        # Outputs first: each row of the matrix is read once, for all rows of x.
+    """y [..., O] of x [..., I] and weight [O, I]; of one row as a sum."""
+    if x.numel() == x.shape[-1]:
         wide = accumulation_dtype(x)
-        y = (weight.unsqueeze(1).to(wide) * x.to(wide)).sum(-1).T.to(x.dtype)
+        y = (weight.to(wide) * x.flatten().to(wide)).sum(-1).to(x.dtype)
+        y = y.expand(*x.shape[:-1], -1)
+    else:
+        y = (x.flatten(0, -2) @ weight.T).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 

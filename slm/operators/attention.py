@@ -161,9 +161,10 @@ class KeyValueCache(State):
     def upto(self, num_tokens: int) -> KeyValueCache:
         """A view of the places that `num_tokens` tokens can be in, rounded up to whole blocks.
 
-        Its steps attend to all of them, those that hold nothing yet being masked.
+        Its steps attend to all of them, those that hold nothing yet being masked. On CUDA it is all
+        places: the kernel reads there how many are used.
         """
-        count = max(num_tokens, self.num_pinned + 1)
+        count = self.num_places if self.keys.is_cuda else max(num_tokens, self.num_pinned + 1)
         used = slice(min(-(-count // PLACES_BLOCK) * PLACES_BLOCK, self.num_places))
         # What the host knows of these, from now on: they are bounds.
         self.max_position = max(self.max_position, num_tokens)
@@ -201,17 +202,24 @@ class KeyValueCache(State):
 
     def write(self, memory: KeyValues, sequence: Sequence) -> None:
         """Store the new tokens that still show, in place."""
+        begin, end = self.max_position, self.max_position + memory.keys.shape[1]
+        pairs = ((self.keys, memory.keys), (self.values, memory.values))
         seen = memory.next_position.expand_as(self.position)
-        positions = self._stored(self.places, seen)
-        # New tokens stand in order at the end of the memory, from each row's old position on.
-        source = positions - self.position[:, None]
-        is_new = ((source >= 0) & (positions >= 0))[..., None, None]
-        source = source.clamp(0, memory.keys.shape[1] - 1)[..., None, None]
-        for cache, new in ((self.keys, memory.keys), (self.values, memory.values)):
-            new = new.expand(cache.shape[0], -1, -1, -1).to(cache.dtype)
-            cache.copy_(torch.where(is_new, new.take_along_dim(source, dim=1), cache))
+        if memory.least_position == end <= self.num_places:
+            # All rows go on at the same place, and nothing is overwritten yet.
+            for cache, new in pairs:
+                cache[:, begin:end] = new
+        else:
+            positions = self._stored(self.places, seen)
+            # New tokens stand in order at the end of the memory, from each row's old position on.
+            source = positions - self.position[:, None]
+            is_new = ((source >= 0) & (positions >= 0))[..., None, None]
+            source = source.clamp(0, memory.keys.shape[1] - 1)[..., None, None]
+            for cache, new in pairs:
+                new = new.expand(cache.shape[0], -1, -1, -1).to(cache.dtype)
+                cache.copy_(torch.where(is_new, new.take_along_dim(source, dim=1), cache))
         self.position.copy_(seen)
-        self.max_position += memory.keys.shape[1]
+        self.max_position = end
         self.min_position = memory.least_position
 
     def _stored(self, places: Tensor, seen: Tensor) -> Tensor:
@@ -229,7 +237,10 @@ class KeyValueCache(State):
         return torch.where(position < self.num_pinned, position, shared)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one token k, v [B, G, K] per row, and give keys, values and which are visible."""
+        """Store one token k, v [B, G, K] per row; give keys, values and how many places are used.
+
+        The last is [B], or None if it is all that are given.
+        """
         place = self._place(self.position)
         rows = torch.arange(len(k), device=k.device)
         self.keys[rows, place] = k.to(self.keys.dtype)
@@ -239,8 +250,8 @@ class KeyValueCache(State):
         self.max_position += 1
         used = slice(self.num_used)
         is_masked = self.has_fixed_shapes or self.min_position < self.max_position
-        visible = self.places[used] < self.position[:, None] if is_masked else None
-        return self.keys[:, used], self.values[:, used], visible
+        lengths = self.position if is_masked else None
+        return self.keys[:, used], self.values[:, used], lengths
 
 
 @register(AttentionConfig)
@@ -288,9 +299,12 @@ class Attention(Operator):
         """A cache of `max_tokens` places, or of what the window shows if that is less."""
         num_places = self.config.num_seen(max_tokens)
         weight = self.o_proj.weight
-        shape = (batch_size, num_places, self.num_kv_heads, self.config.head_dim)
+        # Places first in memory: a view of the first of them has the same strides, however many
+        # there are, so that steps compiled for one cache are right for all.
+        shape = (num_places, batch_size, self.num_kv_heads, self.config.head_dim)
+        keys, values = (weight.new_zeros(shape).transpose(0, 1) for _ in range(2))
         num_pinned = min(self.config.pinned_tokens, num_places - 1)
-        return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape), num_pinned)
+        return KeyValueCache(keys, values, num_pinned)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, K], k and v [..., G, K] of x [..., D]; q and k normed and rotated."""

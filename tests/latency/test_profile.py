@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from latency.profile import profile
-from latency.request import Request
+from latency.request import REFERENCE, Request
+from latency.roofline import Peaks, step_bytes
 from latency.workload import Workload
+from slm.architecture import Architecture
 
 
 def test_figures_belong_together(device, workload, architecture, protocol):
@@ -20,11 +22,42 @@ def test_figures_belong_together(device, workload, architecture, protocol):
     assert found.parameters == architecture.parameters()
     # Keys and values of 9 tokens, 16 wide, 4 bytes each.
     assert found.state_bytes == 2 * 9 * 16 * 4
-    assert found.peak_memory_bytes is None
+    assert found.cache_state == "hot"
+    low, high = found.request_per_reference_interval
+    assert low <= found.request_per_reference <= high
     record = json.loads(json.dumps(found.to_dict()))
     assert record["architecture"] == str(architecture)
     assert record["device"]["key"] == device.key
     assert record["request_ms"]["n"] == found.request_ms.n
+
+
+def test_peak_memory_holds_the_weights_once(device, workload, protocol):
+    large = Architecture.parse("width=1024 vocab_size=1024 | ffn ffn ffn")
+    found = profile(large, workload, device, protocol)
+    weights_bytes = 4 * large.parameters()
+    assert weights_bytes < found.peak_memory_bytes < 1.5 * weights_bytes
+
+
+def test_what_was_compiled_is_in_the_record(device, workload, protocol):
+    compiled = replace(protocol, compile_unit="operator", max_request_seconds=1e-9, num_contexts=2)
+    # The reference is compiled in any case.
+    found = profile(REFERENCE, workload, device, compiled)
+    assert found.compile_unit == found.to_dict()["compile_unit"] == "operator"
+    assert found.method == "sampled"
+
+
+def test_roofline_is_at_the_middle_of_the_answer(device, workload, architecture, protocol):
+    found = profile(architecture, workload, device, protocol)
+    # Four prompt tokens; of the steps to the four other new ones, the middle sees seven or six.
+    assert found.middle_context == 7
+    peaks = Peaks(
+        read_bytes_per_s=1e9,
+        flops_per_s={"float32": 1e15, "bfloat16": 1e15},
+        other_cpus_busy=0.0,
+    )
+    bound = found.roofline(peaks)
+    assert bound.bytes == step_bytes(architecture, workload, 7)
+    assert bound.fraction == pytest.approx(bound.bytes / 1e6 / found.tpot_ms.median_ms)
 
 
 def test_sampled_request_is_the_sum_of_its_parts(device, workload, architecture, protocol):

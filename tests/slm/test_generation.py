@@ -79,3 +79,40 @@ def test_limits_are_named(model: LanguageModel) -> None:
     for setting in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             list(decoder.generate(prompt, 2, **{"temperature": 1.0, **setting}))
+
+
+@pytest.mark.parametrize("lengths", [None, [11, 1, 4]])
+def test_long_prompts_are_read_in_pieces(
+    model: LanguageModel, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = torch.randint(40, (3, 11))
+    real = None if lengths is None else torch.tensor(lengths)
+
+    def read() -> list[torch.Tensor]:
+        decoder = Decoder(model, max_tokens=20, batch_size=3)
+        return [decoder.prefill(prompt, real), *decoder.generate(prompt, 5, lengths=real)]
+
+    whole = read()
+    # Ends with a piece of one token, or of rows that are all padding.
+    monkeypatch.setattr("slm.generation.PREFILL_TOKENS", 5)
+    pieces = read()
+    torch.testing.assert_close(pieces[0], whole[0], rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, pieces[1:], whole[1:]))
+
+
+def test_after_pretending_steps_are_at_that_context(model: LanguageModel) -> None:
+    decoder = Decoder(model, max_tokens=20)
+    token = torch.tensor([3])
+    decoder.prefill(token[None])
+    decoder.pretend(18)
+    assert decoder.num_tokens == 18
+    attention, *_, window = decoder.state.operators
+    assert attention.num_used == 3 + 18
+    assert window.num_used == 6
+    decoder.step(token)
+    assert int(attention.position) == int(window.position) == 3 + 19
+    with pytest.raises(ValueError, match="21 tokens"):
+        decoder.pretend(21)
+    # And nothing of it is left.
+    fresh = Decoder(model, max_tokens=20)
+    assert torch.equal(decoder.prefill(token[None]), fresh.prefill(token[None]))

@@ -1,0 +1,390 @@
+"""Our decoder against `generate` of transformers: same weights, dtype and threads, interleaved.
+
+Models of attention (Llama), of Mamba2 and of both (Bamba) at some 2, 20 and 100 million parameters.
+`ratio` is our tokens per second over theirs, of whole requests. `bandwidth_fraction` is what a step
+has to read and write at the least, over our median step, as a share of the best reading of a large
+buffer that was timed in turn with it: 1 is what memory allows. Where memory is shared with other
+machines its speed changes by the minute; the figures also hold the median of step against reading
+in the same round.
+
+python benchmarks/decode.py
+python benchmarks/decode.py --models llama --sizes 2M 20M --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from latency.device import Device
+from latency.roofline import step_bytes
+from latency.timer import CpuMeter, Protocol, measure_interleaved
+from latency.workload import Workload
+from slm.architecture import Architecture
+from slm.generation import Decoder
+from slm.model import LanguageModel
+
+SIZES = ("2M", "20M", "100M")
+HEAD_DIM, STATE_SIZE, RATIO = 64, 128, 3.0
+ATTENTION = f"attention(head_dim={HEAD_DIM},query_groups=2)"
+MAMBA2 = f"mamba2(head_dim={HEAD_DIM},state_size={STATE_SIZE})"
+FFN = f"ffn(ratio={RATIO})"
+# Read from end to end: no cache holds it.
+READ_BYTES = 512 * 2**20
+# Steps timed as one beside it.
+BURST_STEPS = 8
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that both have.
+
+    layers: by size, the width, the vocabulary and the layers, each one or two operators of ours.
+    build: theirs, for a width, a vocabulary and layers.
+    """
+
+    layers: dict[str, tuple[int, int, list[str]]]
+    build: Callable[[int, int, list[str]], nn.Module]
+
+    def architecture(self, size: str) -> Architecture:
+        """Ours."""
+        width, vocab_size, layers = self.layers[size]
+        text = f"width={width} vocab_size={vocab_size} | {' '.join(layers)}"
+        return Architecture.parse(text)
+
+
+def without_their_kernels() -> None:
+    """transformers takes functions of these packages where they are, whatever the device is."""
+    for package in ("fla", "causal_conv1d", "mamba_ssm"):
+        absent: Any = None
+        sys.modules[package] = absent
+
+
+def build_llama(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=hidden(width),
+            num_hidden_layers=len(layers),
+            num_attention_heads=width // HEAD_DIM,
+            num_key_value_heads=width // HEAD_DIM // 2,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def build_mamba2(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_hidden_layers=len(layers),
+            num_heads=2 * width // HEAD_DIM,
+            head_dim=HEAD_DIM,
+            state_size=STATE_SIZE,
+            n_groups=1,
+            tie_word_embeddings=True,
+            residual_in_fp32=False,
+        )
+    )
+
+
+def build_bamba(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
+    from transformers import BambaConfig, BambaForCausalLM
+
+    return BambaForCausalLM(
+        BambaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=hidden(width),
+            num_hidden_layers=len(layers),
+            attn_layer_indices=[n for n, layer in enumerate(layers) if ATTENTION in layer],
+            num_attention_heads=width // HEAD_DIM,
+            num_key_value_heads=width // HEAD_DIM // 2,
+            mamba_n_heads=2 * width // HEAD_DIM,
+            mamba_d_head=HEAD_DIM,
+            mamba_d_state=STATE_SIZE,
+            mamba_n_groups=1,
+            rms_norm_eps=1e-5,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            },
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def hidden(width: int) -> int:
+    return int(RATIO * width) // 32 * 32
+
+
+def hybrid(count: int, every: int) -> list[str]:
+    """Layers of Bamba: each `every`-th is attention."""
+    return [
+        f"{ATTENTION if number % every == every - 1 else MAMBA2} {FFN}" for number in range(count)
+    ]
+
+
+FAMILIES = {
+    "llama": Family(
+        {
+            "2M": (128, 4096, [f"{ATTENTION} {FFN}"] * 7),
+            "20M": (384, 8192, [f"{ATTENTION} {FFN}"] * 10),
+            "100M": (768, 8192, [f"{ATTENTION} {FFN}"] * 13),
+        },
+        build_llama,
+    ),
+    "mamba2": Family(
+        {
+            "2M": (128, 4096, [MAMBA2] * 12),
+            "20M": (384, 8192, [MAMBA2] * 17),
+            "100M": (768, 8192, [MAMBA2] * 25),
+        },
+        build_mamba2,
+    ),
+    "bamba": Family(
+        {
+            "2M": (128, 4096, hybrid(6, every=3)),
+            "20M": (384, 8192, hybrid(8, every=4)),
+            "100M": (768, 8192, hybrid(10, every=5)),
+        },
+        build_bamba,
+    ),
+}
+
+
+@torch.no_grad()
+def copy_weights(theirs: nn.Module, ours: LanguageModel) -> None:
+    """Give our model the weights of theirs."""
+    base = theirs.base_model
+    embedding = theirs.get_input_embeddings().weight
+    ours.embedding.weight.copy_(embedding)
+    parts = dict(base.named_children())
+    norm = next(parts[name] for name in ("norm", "norm_f", "final_layernorm") if name in parts)
+    ours.norm.weight.copy_(norm.weight)
+    left = iter(ours.layers)
+    for layer in base.layers:
+        parts = dict(layer.named_children())
+        if "mixer" in parts:
+            copy_layer(next(left), parts["norm"], mamba_weights(parts["mixer"]))
+            continue
+        mixer = parts.get("mamba") or parts["self_attn"]
+        is_mamba = "mamba" in parts
+        weights = mamba_weights(mixer) if is_mamba else attention_weights(mixer)
+        copy_layer(next(left), parts["input_layernorm"], weights)
+        norm = parts.get("pre_ff_layernorm") or parts["post_attention_layernorm"]
+        ffn = parts.get("feed_forward") or parts["mlp"]
+        copy_layer(next(left), norm, ffn_weights(ffn))
+
+
+def copy_layer(layer: Any, norm: nn.Module, weights: dict[str, Tensor]) -> None:
+    layer.norm.weight.copy_(norm.weight)
+    layer.operator.load_state_dict(weights)
+
+
+def attention_weights(theirs: nn.Module) -> dict[str, Tensor]:
+    weights = theirs.state_dict()
+    qkv = torch.cat([weights[f"{name}_proj.weight"] for name in "qkv"])
+    return {"qkv_proj.weight": qkv, "o_proj.weight": weights["o_proj.weight"]}
+
+
+def ffn_weights(theirs: nn.Module) -> dict[str, Tensor]:
+    weights = theirs.state_dict()
+    gate_up = torch.cat([weights[f"{name}_proj.weight"] for name in ("gate", "up")])
+    return {"gate_up_proj.weight": gate_up, "down_proj.weight": weights["down_proj.weight"]}
+
+
+def mamba_weights(theirs: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.replace("conv1d", "convolution"): value for name, value in theirs.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def check_alike(theirs: nn.Module, ours: LanguageModel, tokens: Tensor) -> None:
+    """Raise AssertionError unless both compute the same."""
+    expected, actual = theirs(tokens).logits, ours(tokens)
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, f"the two models differ by {error:.1e}"
+
+
+def compare(
+    family: Family, size: str, workload: Workload, device: Device, protocol: Protocol
+) -> dict[str, Any]:
+    """Ours and theirs, of one size, and the reading of a buffer, in turn."""
+    architecture = family.architecture(size)
+    torch.manual_seed(0)
+    theirs = family.build(*family.layers[size]).eval().to(device.torch_device)
+    ours = LanguageModel(architecture).eval().to(device.torch_device)
+    copy_weights(theirs, ours)
+    prompt = torch.randint(architecture.vocab_size, (1, workload.prompt_tokens))
+    prompt = prompt.to(device.torch_device)
+    check_alike(theirs, ours, prompt)
+    decoder = Decoder(ours, workload.max_tokens, compile_unit="step")
+    buffer = torch.ones(READ_BYTES // 4, device=device.torch_device)
+
+    def generate(count: int) -> Tensor:
+        return theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    def decode(count: int) -> list[Tensor]:
+        return list(decoder.generate(prompt, count))
+
+    new_tokens = workload.new_tokens
+    functions = {"theirs": lambda: generate(new_tokens), "ours": lambda: decode(new_tokens)}
+    timing = measure_interleaved(
+        functions,
+        device,
+        protocol,
+        derive=lambda samples: {"ratio": samples["theirs"] / samples["ours"]},
+    )
+    samples, ratio = timing.samples, timing.measurements["ratio"]
+
+    context = workload.prompt_tokens + new_tokens // 2
+
+    def steps() -> None:
+        decoder.pretend(context)
+        tokens = prompt[:, -1]
+        for _ in range(BURST_STEPS):
+            tokens = decoder.greedy_step(tokens)
+
+    bandwidth = measure_interleaved(
+        {"steps": steps, "read": buffer.sum},
+        device,
+        protocol,
+        # Only the first step of a burst finds the caches as the reading left them.
+        derive=lambda samples: {"paired": samples["read"] / samples["steps"]},
+    )
+    step_ms = float(np.median(bandwidth.samples["steps"])) / BURST_STEPS
+    step = step_bytes(architecture, workload, context + BURST_STEPS // 2)
+    read_ms = bandwidth.samples["read"]
+    paired = bandwidth.measurements["paired"]
+    # Of what was read per time: both sides of the ratio in bytes.
+    scale = BURST_STEPS * step / READ_BYTES
+    return {
+        "parameters": architecture.parameters(),
+        "ratio": round(ratio.median_ms, 3),
+        "ratio_interval": [round(ratio.low_ms, 3), round(ratio.high_ms, 3)],
+        "rounds": ratio.n,
+        "quiet": ratio.quiet,
+        "ours_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["ours"])), 1),
+        "theirs_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["theirs"])), 1),
+        "step_ms": round(step_ms, 4),
+        "bytes_per_s": 1000 * step / step_ms,
+        "best_read_bytes_per_s": 1000 * READ_BYTES / float(read_ms.min()),
+        "median_read_bytes_per_s": 1000 * READ_BYTES / float(np.median(read_ms)),
+        "bandwidth_fraction": round(step / step_ms / READ_BYTES * float(read_ms.min()), 3),
+        "paired_bandwidth_fraction": round(scale * paired.median_ms, 3),
+        "paired_interval": [round(scale * paired.low_ms, 3), round(scale * paired.high_ms, 3)],
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    without_their_kernels()
+    device = Device.current(threads=arguments.threads, kind="cpu")
+    workload = Workload(prompt_tokens=arguments.prompt, new_tokens=arguments.new)
+    protocol = Protocol(max_seconds=arguments.seconds, max_interval_percent=1.0, max_repeats=0)
+    meter = CpuMeter()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    with torch.inference_mode(False):
+        for name in arguments.models:
+            for size in arguments.sizes:
+                console.print(f"{name} of {size}")
+                found.setdefault(name, {})[size] = compare(
+                    FAMILIES[name], size, workload, device, protocol
+                )
+    print_results(found)
+    results = {
+        name: {
+            size: {name: row[name] for name in ("ratio", "bandwidth_fraction")}
+            for size, row in sizes.items()
+        }
+        for name, sizes in found.items()
+    }
+    environment = {
+        **device.describe(),
+        "transformers_version": version("transformers"),
+        "workload": str(workload),
+        "figures": found,
+        "other_cpus_busy": round(meter.others_busy(), 2),
+    }
+    line = {"benchmark": "decode", "results": results, "environment": environment}
+    print(json.dumps(line, ensure_ascii=False))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--seconds", type=float, default=30.0, help="time for each model")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--prompt", type=int, default=16, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    return parser.parse_args()
+
+
+def print_results(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    table = Table(title="tokens per second; a step's bytes against reading a buffer")
+    for column in (
+        "model",
+        "parameters",
+        "ours",
+        "theirs",
+        "ratio",
+        "95 %",
+        "step, ms",
+        "GB/s",
+        "of the best",
+        "paired",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, sizes in found.items():
+        for row in sizes.values():
+            low, high = row["ratio_interval"]
+            table.add_row(
+                name,
+                f"{row['parameters']:,}",
+                f"{row['ours_tokens_per_s']:.0f}",
+                f"{row['theirs_tokens_per_s']:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{low:.2f} – {high:.2f}",
+                f"{row['step_ms']:.3f}",
+                f"{row['bytes_per_s'] / 1e9:.1f}",
+                f"{row['bandwidth_fraction']:.2f}",
+                f"{row['paired_bandwidth_fraction']:.2f}",
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Whether a latency measured again, in another process and much later, is the same.
+
+Random models of the demo's space are measured whole, twice, with `--minutes` between. Two
+measurements of a model agree if their 95 % intervals meet. Compared is the request as a multiple of
+the reference that ran interleaved, which is what tables and searches go by: the machine need not be
+equally fast both times. Times by the clock are there too.
+
+python benchmarks/repeatability.py
+python benchmarks/repeatability.py --models 20 --minutes 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from latency.device import Device
+from latency.profile import profile
+from latency.timer import Protocol
+from latency.workload import Workload
+from search.space import SearchSpace, SpaceConfig
+from slm.architecture import Architecture
+from slm.config import read
+
+SPACE = Path(__file__).parent.parent / "configs" / "space" / "demo.yaml"
+VOCAB_SIZE = 4096
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    texts = models(arguments.models, arguments.seed)
+    began = time.monotonic()
+    first = in_fresh_process(texts, arguments)
+    time.sleep(max(0.0, 60 * arguments.minutes - (time.monotonic() - began)))
+    second = in_fresh_process(texts, arguments)
+    pairs = list(zip(first, second, strict=True))
+    print_pairs(pairs)
+    results = {
+        "models": len(pairs),
+        "agree": sum(agree(a["ratio"], b["ratio"]) for a, b in pairs),
+        "agree_by_the_clock": sum(agree(a["request_ms"], b["request_ms"]) for a, b in pairs),
+        "widest_interval_percent": max(half_width_percent(x["ratio"]) for x in first + second),
+        "largest_difference_percent": max(
+            abs(difference_percent(a["ratio"], b["ratio"])) for a, b in pairs
+        ),
+    }
+    environment = {
+        **Device.current(threads=arguments.threads, kind="cpu").describe(),
+        "minutes": arguments.minutes,
+        "seed": arguments.seed,
+        "max_seconds": arguments.seconds,
+        "records": [first, second],
+    }
+    line = {"benchmark": "repeatability", "results": results, "environment": environment}
+    print(json.dumps(line, ensure_ascii=False))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=int, default=10, help="how many")
+    parser.add_argument("--minutes", type=float, default=30.0, help="between the two")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each measurement")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="decides the models")
+    return parser.parse_args()
+
+
+def models(count: int, seed: int) -> list[str]:
+    """Random architectures of the demo's space."""
+    space = SearchSpace(read(SpaceConfig, OmegaConf.load(SPACE)))
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        genotype = space.sample(rng)
+        width = rng.choice(space.available_widths(genotype))
+        found.append(str(space.realize(genotype, width, VOCAB_SIZE)))
+    return found
+
+
+def in_fresh_process(texts: list[str], arguments: argparse.Namespace) -> list[Record]:
+    """Measure them where nothing was measured before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (texts, arguments.threads, arguments.seconds))
+
+
+def measure(texts: list[str], threads: int, seconds: float) -> list[Record]:
+    device = Device.current(threads=threads, kind="cpu")
+    workload = Workload(prompt_tokens=64, new_tokens=64)
+    protocol = Protocol(max_seconds=seconds, compile_unit="operator")
+    found = []
+    for text in texts:
+        result = profile(Architecture.parse(text), workload, device, protocol)
+        request = result.request_ms
+        low, high = result.request_per_reference_interval
+        found.append(
+            {
+                "architecture": text,
+                "ratio": [low, result.request_per_reference, high],
+                "request_ms": [request.low_ms, request.median_ms, request.high_ms],
+                "converged": request.converged,
+                "quiet": request.quiet,
+            }
+        )
+    return found
+
+
+def agree(a: list[float], b: list[float]) -> bool:
+    """Whether two intervals [low, median, high] meet."""
+    return a[0] <= b[2] and b[0] <= a[2]
+
+
+def difference_percent(a: list[float], b: list[float]) -> float:
+    return 100 * (b[1] / a[1] - 1)
+
+
+def half_width_percent(a: list[float]) -> float:
+    return 100 * (a[2] - a[0]) / 2 / a[1]
+
+
+def print_pairs(pairs: list[tuple[Record, Record]]) -> None:
+    table = Table(title="request as a multiple of the reference, measured twice")
+    for column in ("first", "±, %", "second", "±, %", "difference, %", "agree", "by the clock, %"):
+        table.add_column(column, justify="right")
+    for first, second in pairs:
+        a, b = first["ratio"], second["ratio"]
+        table.add_row(
+            f"{a[1]:.3f}",
+            f"{half_width_percent(a):.1f}",
+            f"{b[1]:.3f}",
+            f"{half_width_percent(b):.1f}",
+            f"{difference_percent(a, b):+.1f}",
+            "yes" if agree(a, b) else "no",
+            f"{difference_percent(first['request_ms'], second['request_ms']):+.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
