@@ -5,7 +5,7 @@ Models of attention (Llama), of Mamba2 and of both (Bamba) at some 2, 20 and 100
 has to read and write at the least, over our median step, as a share of the best reading of a large
 buffer that was timed in turn with it: 1 is what memory allows. Where memory is shared with other
 machines its speed changes by the minute; the figures also hold the median of step against reading
-in the same round.
+in the same round, and our step when nothing is compiled.
 
 python benchmarks/decode.py
 python benchmarks/decode.py --models llama --sizes 2M 20M --seconds 60
@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -269,14 +270,15 @@ def compare(
 
     context = workload.prompt_tokens + new_tokens // 2
 
-    def steps() -> None:
+    def steps(decoder: Decoder) -> None:
         decoder.pretend(context)
         tokens = prompt[:, -1]
         for _ in range(BURST_STEPS):
             tokens = decoder.greedy_step(tokens)
 
+    plain = Decoder(ours, workload.max_tokens)
     bandwidth = measure_interleaved(
-        {"steps": steps, "read": buffer.sum},
+        {"steps": partial(steps, decoder), "plain": partial(steps, plain), "read": buffer.sum},
         device,
         protocol,
         # Only the first step of a burst finds the caches as the reading left them.
@@ -297,6 +299,9 @@ def compare(
         "ours_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["ours"])), 1),
         "theirs_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["theirs"])), 1),
         "step_ms": round(step_ms, 4),
+        "not_compiled_step_ms": round(
+            float(np.median(bandwidth.samples["plain"])) / BURST_STEPS, 4
+        ),
         "bytes_per_s": 1000 * step / step_ms,
         "best_read_bytes_per_s": 1000 * READ_BYTES / float(read_ms.min()),
         "median_read_bytes_per_s": 1000 * READ_BYTES / float(np.median(read_ms)),
@@ -314,13 +319,11 @@ def main() -> None:
     protocol = Protocol(max_seconds=arguments.seconds, max_interval_percent=1.0, max_repeats=0)
     meter = CpuMeter()
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    with torch.inference_mode(False):
-        for name in arguments.models:
-            for size in arguments.sizes:
-                console.print(f"{name} of {size}")
-                found.setdefault(name, {})[size] = compare(
-                    FAMILIES[name], size, workload, device, protocol
-                )
+    for name in arguments.models:
+        for size in arguments.sizes:
+            console.print(f"{name} of {size}")
+            row = compare(FAMILIES[name], size, workload, device, protocol)
+            found.setdefault(name, {})[size] = row
     print_results(found)
     results = {
         name: {
@@ -346,7 +349,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--seconds", type=float, default=30.0, help="time for each model")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="time for each of two per model"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")

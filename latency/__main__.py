@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from latency.device import Device
+from latency.lock import device_lock
 from latency.profile import Profile, profile
 from latency.records import Records
-from latency.report import breakdown_table, profile_table
+from latency.report import breakdown_table, profile_table, request_line
 from latency.roofline import Peaks
 from latency.table import LatencyTable
 from latency.throughput import throughput
@@ -90,10 +91,10 @@ def main(config: DictConfig) -> Profile:
             limit_bytes = int(settings.memory_limit_gib * 2**30)
         try:
             measured = throughput(
-                architecture, workload, device, protocol, limit_bytes, console.print
+                architecture, workload, device, protocol, settings.seed, limit_bytes, console.print
             )
-        except MemoryError as error:
-            raise ConfigError([f"memory_limit_gib: {error}"]) from None
+        except (MemoryError, OSError) as error:
+            raise ConfigError([f"largest_batch: {error}"]) from None
     else:
         measured = profile(architecture, workload, device, protocol, settings.seed)
     bound = measured.roofline(peaks)
@@ -117,9 +118,14 @@ def main(config: DictConfig) -> Profile:
             {"name": name, "count": count, **row.to_dict()}
             for name, count, row in table.terms(architecture)
         ]
-        record["predicted"] = vars(table.predict(architecture))
-        record["predicted"]["compile_unit"] = table.compile_unit
-    kept = Records(settings.cache_dir, device).write(record)
+        predicted = table.predict(architecture)
+        record["predicted"] = {**vars(predicted), "compile_unit": table.compile_unit}
+    records = Records(settings.cache_dir, device)
+    with device_lock(name=device.lock_name):
+        before = records.read(architecture, measured.workload, measured.compile_unit)
+        kept = records.write(record)
+    if before is not None:
+        console.print(f"before, {before['device']['date']}: {request_line(before)}")
     path = Path(HydraConfig.get().runtime.output_dir) / "latency.json"
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     console.print(f"written to {path}, kept as {kept}")

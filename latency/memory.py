@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,15 +27,19 @@ class PeakMemory:
         self.bytes: int | None = None
 
     @contextmanager
-    def measured(self, device: Device) -> Iterator[None]:
-        """Measure what is done meanwhile."""
+    def measured(self, device: Device) -> Iterator[Callable[[], object]]:
+        """Measure what is done meanwhile.
+
+        Gives a function that begins the peak anew: what is in use then still counts, not what was
+        before.
+        """
         if device.kind == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            yield
+            yield torch.cuda.reset_peak_memory_stats
             self.bytes = torch.cuda.max_memory_allocated()
             return
         before = _reset_peak_resident_bytes()
-        yield
+        yield _reset_peak_resident_bytes
         if before is not None:
             self.bytes = max(0, _status_bytes("VmHWM") - before)
 

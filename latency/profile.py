@@ -29,8 +29,6 @@ from latency.workload import Workload
 from slm.architecture import Architecture
 from slm.decoding_step import CompileUnit
 
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -47,7 +45,8 @@ class Profile:
     method: 'whole' requests, or decoding steps 'sampled' at several contexts and integrated.
     compile_unit: what was compiled as one; 'eager' is nothing.
     state_bytes: of the whole batch, at the end of the request.
-    peak_memory_bytes: the most that it took, weights included; see `latency.memory`.
+    peak_memory_bytes: the most that it took at one time, weights included, once they were there;
+        see `latency.memory`.
     other_cpus_busy: CPUs that other processes kept busy meanwhile, on average.
     repeats: how often a measurement was disturbed and begun anew; disturbed_rounds: rounds by what
         disturbed them.
@@ -162,14 +161,16 @@ def profile(
             # Once for the compiler, whose memory is not the model's.
             Request(architecture, workload, device, unit, seed)
         memory = PeakMemory()
-        with memory.measured(device), quiet(device):
+        with memory.measured(device) as restart, quiet(device):
             request = Request(architecture, workload, device, unit, seed)
+            # Building takes more: weights are drawn in fp32.
+            restart()
             meter = CpuMeter()
             is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
             times = (_measure_whole if is_whole else _measure_sampled)(request, reference, protocol)
             other_cpus_busy = meter.others_busy()
     context = architecture.meta_tokens + workload.max_tokens
-    state_bytes = architecture.state_bytes(context, BYTES_PER_VALUE[workload.dtype])
+    state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
     return Profile(
         architecture=architecture,
         workload=workload,
@@ -200,7 +201,7 @@ def profile(
 
 
 def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> _Times:
-    """Whole requests; what is asked to converge is the request's time."""
+    """Whole requests; they, and their ratio to the reference, are asked to converge."""
     steps = request.workload.new_tokens - 1
     functions = {
         "reference": reference.run,
@@ -212,7 +213,10 @@ def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> 
         request.device,
         protocol,
         prepare={"reference": reference.run},
-        derive=lambda samples: {"request": samples["request"]},
+        derive=lambda samples: {
+            "request": samples["request"],
+            "ratio": samples["request"] / samples["reference"],
+        },
     )
     samples = timing.samples
 
@@ -224,7 +228,7 @@ def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> 
         measurement(samples["ttft"]),
         measurement((samples["request"] - samples["ttft"]) / steps),
         samples["reference"],
-        measurement(samples["request"] / samples["reference"]),
+        timing.measurements["ratio"],
         [timing],
     )
 
@@ -237,8 +241,8 @@ def _measure_sampled(request: Request, reference: Request, protocol: Protocol) -
     timings = []
     ratios: list[tuple[float, Measurement]] = []
 
-    def phase_only(samples: Samples) -> Samples:
-        return {"phase": samples["phase"]}
+    def wanted(samples: Samples) -> Samples:
+        return {"phase": samples["phase"], "ratio": samples["phase"] / samples["reference"]}
 
     for phase in phases:
         timing = measure_interleaved(
@@ -246,16 +250,11 @@ def _measure_sampled(request: Request, reference: Request, protocol: Protocol) -
             request.device,
             share,
             prepare={"reference": reference.run, "phase": phase.prepare},
-            derive=phase_only,
+            derive=wanted,
         )
         terms.append((phase.weight, timing.measurements["phase"]))
         timings.append(timing)
-        ratio = Measurement.from_samples(
-            timing.samples["phase"] / timing.samples["reference"],
-            protocol.max_interval_percent,
-            timing.quiet,
-        )
-        ratios.append((phase.weight, ratio))
+        ratios.append((phase.weight, timing.measurements["ratio"]))
     steps = request.workload.new_tokens - 1
     return _Times(
         weighted_sum(terms),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from latency.profile import Profile
@@ -48,7 +50,7 @@ def profile_table(measured: Profile, roofline: Roofline) -> Table:
 def breakdown_table(latency_table: LatencyTable, architecture: Architecture) -> Table:
     """What each part of a model costs in a request, and what they add up to."""
     predicted = latency_table.predict(architecture)
-    table = Table(title="from the latency table")
+    table = Table(title=f"from the latency table, compiled: {latency_table.compile_unit}")
     for column in ("", "count", "each, ms", "95 % interval", "together, ms", "share"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, count, row in latency_table.terms(architecture):
@@ -59,6 +61,12 @@ def breakdown_table(latency_table: LatencyTable, architecture: Architecture) -> 
     interval = f"{predicted.low_ms:.3f} – {predicted.high_ms:.3f}"
     table.add_row("sum", "", "", interval, f"{predicted.request_ms:.3f}", "")
     return table
+
+
+def request_line(record: dict[str, Any]) -> str:
+    """The request of a record that was kept."""
+    times = Measurement.from_dict(record["request_ms"])
+    return f"request {times.median_ms:.3f} ms, {_interval(times)}"
 
 
 def _interval(times: Measurement) -> str:

@@ -107,10 +107,12 @@ class LatencyTable:
 
         It is kept under `cache_dir`/latency/<device key>/. `protocol.max_seconds` holds for each
         operator. `progress` is told what is about to be measured. Raises ValueError if an operator
-        cannot be built at its width.
+        cannot be built at its width, or if whole steps are to be compiled.
         """
         protocol = protocol or Protocol()
         unit = protocol.compile_unit
+        if unit == "step":
+            raise ValueError("compile_unit: a table takes 'operator' or 'eager', got 'step'")
         table = cls(workload, device, vocab_size, meta_tokens, normalize_logits, unit)
         path = table.path(cache_dir)
         wanted = list(operators)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,13 +19,14 @@ from latency.request import Request
 from latency.timer import Protocol
 from latency.workload import Workload
 from slm.architecture import Architecture
+from slm.generation import PREFILL_TOKENS
 
 log = logging.getLogger(__name__)
 
 # Of the memory that is left: what the largest batch may take. Allocators lose some of it.
 USABLE = 0.9
-# State, and most rows, of the smaller of two batches that what a row takes is measured with:
-# much less drowns in what allocators keep. Between the two the weights' share drops out.
+# What the smaller of two batches that a row's share is measured with remembers and passes on, and
+# its most rows: much less drowns in what allocators keep. Between the two the weights drop out.
 MEASURED_BYTES, MEASURED_ROWS = 32 * 2**20, 256
 # Of a batch that did not fit after all: what is tried next.
 SMALLER = 0.9
@@ -43,15 +45,17 @@ def max_batch_size(
     """
     context = architecture.meta_tokens + workload.max_tokens
     state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
-    few = min(MEASURED_ROWS, max(1, MEASURED_BYTES // max(state_bytes, 1)))
+    tokens = min(workload.prompt_tokens, PREFILL_TOKENS)
+    least_bytes = state_bytes + tokens * architecture.width * workload.torch_dtype.itemsize
+    few = min(MEASURED_ROWS, max(1, MEASURED_BYTES // least_bytes))
     more = 3 * few
     with device_lock(name=device.lock_name):
         limit_bytes = int(USABLE * available_bytes(device)) if limit_bytes is None else limit_bytes
-        if few * state_bytes > limit_bytes:
-            raise MemoryError(f"a row takes {state_bytes:,} bytes, there are {limit_bytes:,}")
+        if few * least_bytes > limit_bytes:
+            raise MemoryError(f"a row takes {least_bytes:,} bytes, there are {limit_bytes:,}")
         base = _peak_bytes(architecture, replace(workload, batch_size=few), device)
         further = _peak_bytes(architecture, replace(workload, batch_size=more), device) - base
-    row_bytes = max(further / (more - few), state_bytes, 1)
+    row_bytes = max(further / (more - few), least_bytes)
     if base - (few - 1) * row_bytes > limit_bytes:
         raise MemoryError(f"one row takes {base:,} bytes, there are {limit_bytes:,}")
     return max(1, few + math.floor((limit_bytes - base) / row_bytes))
@@ -62,6 +66,7 @@ def throughput(
     workload: Workload,
     device: Device,
     protocol: Protocol | None = None,
+    seed: int = 0,
     limit_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
@@ -73,21 +78,35 @@ def throughput(
     while True:
         if progress:
             progress(f"throughput of a batch of {batch_size}")
+        batch = replace(workload, batch_size=batch_size)
         try:
-            return profile(architecture, replace(workload, batch_size=batch_size), device, protocol)
-        except (torch.OutOfMemoryError, MemoryError):
+            with _memory_errors():
+                return profile(architecture, batch, device, protocol, seed)
+        except MemoryError:
             if batch_size == 1:
                 raise
             batch_size = max(1, int(SMALLER * batch_size))
         _free(device)
 
 
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Torch's ways of saying that memory does not suffice, as MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
+
+
 def _peak_bytes(architecture: Architecture, workload: Workload, device: Device) -> int:
     """Most memory of a request: of its prefill, beside the state of all its tokens."""
     _free(device)
     memory = PeakMemory()
-    with memory.measured(device):
+    with _memory_errors(), memory.measured(device) as restart:
         request = Request(architecture, workload, device)
+        restart()
         # Writes to all of the state, before the prompt.
         request.first_token()
     if memory.bytes is None:

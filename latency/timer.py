@@ -39,6 +39,8 @@ from slm.runtime import thread_count
 
 # Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ < 0.05 < 2 · 0.5⁵.
 MIN_ROUNDS = 6
+# A median whose interval is wider than this to each side has not converged, whatever was asked for.
+WIDEST_PERCENT = 3.0
 
 Samples = Mapping[str, np.ndarray]
 
@@ -94,7 +96,7 @@ class Measurement:
     """A median in milliseconds with its 95 % interval.
 
     iqr_ms: distance between the quartiles of the samples; n: number of samples.
-    converged: whether the interval became as narrow as asked.
+    converged: whether the interval became as narrow as asked, and than WIDEST_PERCENT.
     quiet: whether the samples are of undisturbed rounds; if not, the figures are too high.
     """
 
@@ -114,7 +116,7 @@ class Measurement:
         low, high = median_interval(samples)
         lower_quartile, median, upper_quartile = np.quantile(samples, [0.25, 0.5, 0.75])
         half_width = (high - low) / 2
-        is_narrow = half_width <= max_interval_percent / 100 * median
+        is_narrow = half_width <= min(max_interval_percent, WIDEST_PERCENT) / 100 * median
         return cls(
             median_ms=float(median),
             low_ms=low,
@@ -137,6 +139,13 @@ class Measurement:
         if not values["low_ms"] <= values["median_ms"] <= values["high_ms"]:
             raise ValueError(f"measurement: median outside of its interval: {values!r}")
         return cls(**values)
+
+    @property
+    def half_width_percent(self) -> float:
+        """Of the interval, as a share of the median; infinite where that is not above zero."""
+        if self.median_ms <= 0:
+            return math.inf
+        return 100 * (self.high_ms - self.low_ms) / 2 / self.median_ms
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -284,7 +293,10 @@ def _attempt(
         if count < MIN_ROUNDS or not is_time_to_look:
             continue
         timing = _evaluate(rounds, protocol, derive)
-        is_done = timing.quiet and all(m.converged for m in timing.measurements.values())
+        is_done = timing.quiet and all(
+            each.half_width_percent <= protocol.max_interval_percent
+            for each in timing.measurements.values()
+        )
         if is_done or is_over:
             return rounds, timing
 

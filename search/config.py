@@ -58,13 +58,19 @@ class SearchConfig(RuntimeConfig):
     training_threads: Positive | None
 
     def __post_init__(self) -> None:
+        problems = []
         if self.num_candidates < len(self.space.seeds):
-            raise ConfigError(
-                [
-                    f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
-                    f"got {self.num_candidates}"
-                ]
+            problems.append(
+                f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
+                f"got {self.num_candidates}"
             )
+        if self.protocol.compile_unit == "step":
+            problems.append(
+                "protocol.compile_unit: must be 'operator', which candidates share, or 'eager', "
+                "got 'step'"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the scores of a search to be comparable."""

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slm.config import ConfigError
+from slm.kernels.backend import current_backend
 from slm.kernels.matrix_vector import DECOMPOSITIONS
 from slm.sources import kernel_hash
 
@@ -31,8 +33,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 
 
-class CompilationError(RuntimeError):
-    """A function cannot be compiled here."""
+class CompilationError(ConfigError):
+    """A function cannot be compiled here: no compiler, no room on the disk."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Library:
     def __init__(self, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            package = torch._inductor.aoti_load_package(str(path))
+            # On CUDA the others ask, between two calls, for events, which a capture forbids.
+            package = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=torch.cuda.is_available()
+            )
         # The package's own __call__ flattens its arguments by a tree and takes 20 µs more.
         self._run = package.loader.run
 
@@ -88,7 +93,9 @@ def library(
 
     path = library_path(name, arguments)
     found = _load(path)
-    if found is None:
+    if found is not None:
+        return found
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             found = _load(path)
@@ -96,8 +103,10 @@ def library(
                 log.info("compiling %s", name if len(name) <= 80 else f"{name[:79]}…")
                 _compile(function, arguments, path)
                 found = _load(path)
-        if found is None:
-            raise CompilationError(f"{name}: what was compiled cannot be loaded")
+    except OSError as error:
+        raise CompilationError([f"{path}: {error}; SLM_CACHE_DIR names another place"]) from error
+    if found is None:
+        raise CompilationError([f"{path}: what was compiled cannot be loaded"])
     return found
 
 
@@ -124,10 +133,19 @@ def _toolchain(arguments: Sequence[Argument]) -> str:
     """Everything but the function that decides what is compiled."""
     device = arguments[0].example.device
     if device.type == "cuda":
-        target = str(torch.cuda.get_device_properties(device))
+        gpu = torch.cuda.get_device_properties(device)
+        target = f"{gpu.name} {gpu.major}.{gpu.minor} {gpu.multi_processor_count} {_triton()}"
     else:
         target = f"{_cpu_flags()} {torch.get_num_threads()} threads"
-    return f"{VERSION} {torch.__version__} {kernel_hash()} {device.type} {target}"
+    parts = (VERSION, torch.__version__, kernel_hash(), current_backend(), device.type, target)
+    return " ".join(map(str, parts))
+
+
+@functools.cache
+def _triton() -> str:
+    from importlib.metadata import version
+
+    return f"triton {version('triton')}"
 
 
 @functools.cache
@@ -174,26 +192,32 @@ def _compile(
 
     varying = torch.export.Dim.DYNAMIC(min=2)
     shapes: list[Any] = [dict.fromkeys(argument.varying, varying) for argument in arguments]
-    # Tensors made in inference mode cannot be traced, and examples need no memory.
-    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        with FakeTensorMode():
-            examples = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-                for x in (argument.example for argument in arguments)
-            ]
-        exported = torch.export.export(
-            _Function(function), (examples,), dynamic_shapes=(shapes,), strict=False
-        )
-        table = torch.export.default_decompositions()
-        if arguments[0].example.device.type == "cpu":
-            for operation, decomposition in DECOMPOSITIONS.items():
-                table[operation] = decomposition
-        exported = exported.run_decompositions(table)
-        temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
-        try:
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    try:
+        # Tensors made in inference mode cannot be traced, and examples need no memory.
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            with FakeTensorMode():
+                examples = [
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                    for x in (argument.example for argument in arguments)
+                ]
+            exported = torch.export.export(
+                _Function(function), (examples,), dynamic_shapes=(shapes,), strict=False
+            )
+            table = torch.export.default_decompositions()
+            if arguments[0].example.device.type == "cpu":
+                for operation, decomposition in DECOMPOSITIONS.items():
+                    table[operation] = decomposition
+            exported = exported.run_decompositions(table)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            raise CompilationError(f"{path.stem}: {error}") from error
         os.replace(temporary, path)
+    except CompilationError:
+        raise
+    except Exception as error:  # of the compiler's many kinds, or of a user's operator
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        # A compiler's own words come last.
+        reason = ": ".join(dict.fromkeys([type(error).__name__, lines[0], lines[-1]]))
+        raise CompilationError([f"{path}: cannot be compiled: {reason}"]) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ A latency table needs dozens of operators compiled, each for some seconds of one
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ from slm.compilation import CompilationError
 from slm.decoding_step import CompileUnit, Piece, init_state, pieces
 from slm.model import LanguageModel
 from slm.runtime import Runtime, thread_count
+
+PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ def compile_ahead(
         process.start()
     for process in processes:
         process.join()
+        if process.exitcode:
+            log.warning("a process that compiles ended with code %d", process.exitcode)
 
 
 def _missing(decodings: Iterable[Decoding]) -> list[Job]:
@@ -94,8 +99,11 @@ def _missing(decodings: Iterable[Decoding]) -> list[Job]:
 
 def _compile(jobs: list[Job], runtime: Runtime) -> None:
     """What a process does."""
-    # Ctrl-C ends it, as it ends the compiler, without a word.
+    # Ctrl-C ends it, as it ends the compiler, without a word; and so does its parent's end.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     runtime.apply()
     for decoding, number in jobs:
         with thread_count(decoding.threads):

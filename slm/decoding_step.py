@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm.compilation import Argument, Library, library, library_path
+from slm.compilation import Argument, CompilationError, Library, library, library_path
 from slm.model import LanguageModel, Layer, ModelState, head_logits
 from slm.operators import State
 from slm.operators.attention import PLACES_BLOCK
 
 # Before a step is captured.
 WARMUP_STEPS = 2
+# More tokens than any state has places for.
+EVERYTHING = 2**62
 
 CompileUnit = Literal["eager", "operator", "step"]
 Tensors = tuple[Tensor, ...]
@@ -100,18 +102,32 @@ class CompiledStep:
         self.model, self.state, self.batch_size, self.unit = model, state, batch_size, unit
         self.pieces, self._stamp = pieces(model, state, batch_size, unit), self._weights()
         self.libraries = [piece.library() for piece in self.pieces]
-        self._state = [tensor for each in state.operators for tensor in each.tensors()]
+        self._layouts = self._current_layouts()
         self._captured: CapturedStep | None = None
         self._pointers: list[int] = []
-        self.forget()
+        self._room = 0
 
-    def forget(self) -> None:
-        """Look at the weights anew, and at what has been read."""
+    def begin(self) -> None:
+        """Before a request: look at the weights anew, forget what has been read.
+
+        On CUDA a step is captured if it has to be, which changes the state. Raises ValueError if
+        the weights have other shapes or another dtype than those that were compiled for.
+        """
         self._room = 0
         stamp = self._weights()
         if stamp != self._stamp:
             self.pieces = pieces(self.model, self.state, self.batch_size, self.unit)
+            if self._current_layouts() != self._layouts:
+                raise ValueError("model: its dtype or its shapes changed; make another decoder")
             self._stamp = stamp
+        if self.model.norm.weight.is_cuda:
+            # All places: kernels read on the device how many are used.
+            self._make_room(EVERYTHING)
+            if self._captured is None:
+                self._captured = CapturedStep(self._run, self.batch_size)
+
+    def _current_layouts(self) -> list[str]:
+        return [each.layout for piece in self.pieces for each in piece.arguments()]
 
     def _weights(self) -> list[int]:
         """Where they are, those that follow from others too."""
@@ -124,13 +140,11 @@ class CompiledStep:
 
         Returns the likeliest next tokens [B] and the logits [B, V].
         """
+        if self._captured is not None:
+            return self._captured(tokens)
         if num_tokens >= self._room:
             self._make_room(num_tokens + 1)
-        if not tokens.is_cuda:
-            return self._run(tokens)
-        if self._captured is None:
-            self._captured = CapturedStep(self._run, tokens, self._state)
-        return self._captured(tokens)
+        return self._run(tokens)
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = tokens if self.unit == "step" else F.embedding(tokens, self.model.embedding.weight)
@@ -157,17 +171,11 @@ class CompiledStep:
 class CapturedStep:
     """A step recorded as a CUDA graph: one launch per token, for as long as its tensors stay.
 
-    run: the step, from tokens [B] to what it gives; state: all that it changes.
+    run: the step, from tokens [B] to what it gives. Capturing changes the state.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], tuple[Tensor, Tensor]],
-        tokens: Tensor,
-        state: list[Tensor],
-    ) -> None:
-        self._tokens = tokens.clone()
-        before = [tensor.clone() for tensor in state]
+    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], batch_size: int) -> None:
+        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
         # What libraries set up when they are first called must not be recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -178,8 +186,6 @@ class CapturedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._greedy, self._logits = run(self._tokens)
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What `run` gives; the logits are overwritten by the next step."""
@@ -207,7 +213,8 @@ def pieces(
 
 def _layer_piece(layer: Layer, state: State, x: Tensor) -> Piece:
     config = layer.operator.config
-    names, weights = zip(*layer.named_parameters(prefix="layer"), strict=True)
+    named = [*layer.named_parameters(prefix="layer"), *layer.named_buffers(prefix="layer")]
+    names, weights = zip(*named, strict=True)
     module, template = _LayerStep(layer), copy.copy(state).upto(1)
 
     def step(x: Tensor, *tensors: Tensor) -> Tensors:
@@ -231,12 +238,19 @@ class _LayerStep(nn.Module):
 
 
 def _with_tensors(state: State, tensors: Tensors) -> State:
-    """A state like `state` whose buffers are `tensors`."""
+    """A state like `state` whose buffers are `tensors`.
+
+    Raises CompilationError if it holds some of them elsewhere than in attributes of its own.
+    """
     changed = copy.copy(state)
-    for old, new in zip(state.tensors(), tensors, strict=True):
-        for name, value in vars(state).items():
-            if value is old:
-                setattr(changed, name, new)
+    for number, (old, new) in enumerate(zip(state.tensors(), tensors, strict=True)):
+        names = [name for name, value in vars(state).items() if value is old]
+        if not names:
+            raise CompilationError(
+                [f"{type(state).__name__}: tensor {number} of its tensors() is no attribute of it"]
+            )
+        for name in names:
+            setattr(changed, name, new)
     return changed
 
 

@@ -39,11 +39,9 @@ class Decoder:
         self.compile_unit = compile_unit
         self.num_meta = model.architecture.meta_tokens
         self.num_tokens = 0
+        self.state = init_state(model, batch_size, max_tokens)
         self._compiled: CompiledStep | None = None
-        if compile_unit == "eager":
-            self.state = model.init_state(batch_size, max_tokens)
-        else:
-            self.state = init_state(model, batch_size, max_tokens)
+        if compile_unit != "eager":
             self._compiled = CompiledStep(model, self.state, batch_size, compile_unit)
 
     @torch.inference_mode()
@@ -53,9 +51,8 @@ class Decoder:
         lengths: [B], real tokens of each row, at least one; what follows them is padding.
         """
         self._reserve(tokens.shape[1], used=0)
+        self._begin()
         self.state.reset()
-        if self._compiled is not None:
-            self._compiled.forget()
         last: Tensor | None = None
         for begin in range(0, tokens.shape[1], PREFILL_TOKENS):
             piece = tokens[:, begin : begin + PREFILL_TOKENS]
@@ -73,7 +70,9 @@ class Decoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token [B] per row; logits [B, V]."""
-        return self._step(tokens)[1]
+        logits = self._step(tokens)[1]
+        # On CUDA the next step writes where this one did.
+        return logits.clone() if self._compiled is not None and logits.is_cuda else logits
 
     @torch.inference_mode()
     def greedy_step(self, tokens: Tensor) -> Tensor:
@@ -84,9 +83,8 @@ class Decoder:
     def pretend(self, num_tokens: int) -> None:
         """As if a prompt of `num_tokens` tokens had been read, to time the steps after it."""
         self._reserve(num_tokens, used=0)
+        self._begin()
         self.state.pretend(self.num_meta + num_tokens)
-        if self._compiled is not None:
-            self._compiled.forget()
 
     def generate(
         self,
@@ -128,12 +126,24 @@ class Decoder:
                     return
 
     def _step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one token [B] per row: the likeliest next ones [B], logits [B, V]."""
+        """Read one token [B] per row: the likeliest next ones [B], logits [B, V].
+
+        Raises ValueError if there are not as many tokens as rows, or too many in all.
+        """
+        if tokens.shape != (self.batch_size,):
+            raise ValueError(f"tokens: expected [{self.batch_size}], got {list(tokens.shape)}")
         self._reserve(1, used=self.num_tokens)
         if self._compiled is not None:
+            # As libraries take them: they do not look.
+            tokens = tokens.to(torch.int64).contiguous()
             return self._compiled(tokens, self.num_meta + self.num_tokens - 1)
         logits = self.model.step(tokens, self.state)
         return logits.argmax(-1), logits
+
+    def _begin(self) -> None:
+        """Before a request. What the state holds may be lost."""
+        if self._compiled is not None:
+            self._compiled.begin()
 
     def _reserve(self, count: int, used: int) -> None:
         if used + count > self.max_tokens:

@@ -46,7 +46,7 @@ class RuntimeConfig(PluginsConfig):
 
     backend: 'auto' runs the kernels of flash-linear-attention (fla) on CUDA and this package's
         torch forms elsewhere; 'torch' insists on the latter, 'fla' on fla's wherever fla has one.
-        Attention and Mamba's scan are torch's everywhere.
+        Mamba's scan is torch's everywhere, attention but for single tokens on CUDA.
     """
 
     backend: Backend = "auto"

@@ -5,15 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def test_kernels(root: Path) -> None:
-    """With the alternatives that depend most on what transformers and fla look like."""
+def run(root: Path, name: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark's last line holds."""
     done = subprocess.run(
-        [
-            *(sys.executable, "benchmarks/kernels.py", "--operators", "gated_delta_rule"),
-            *("--seconds", "0.1", "--threads", "1"),
-        ],
+        [sys.executable, f"benchmarks/{name}.py", "--threads", "1", *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
@@ -21,8 +19,32 @@ def test_kernels(root: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["benchmark"] == "kernels"
-    (row,) = report["results"].values()
+    assert report["benchmark"] == name
+    assert report["environment"]["key"]
+    results: dict[str, Any] = report["results"]
+    return results
+
+
+def test_decode(root: Path) -> None:
+    """With the model of all kinds of layers; that both compute the same is checked there."""
+    arguments = ("--models", "bamba", "--sizes", "2M", "--seconds", "0.1", "--new", "4")
+    row = run(root, "decode", *arguments)["bamba"]["2M"]
+    assert row["ratio"] > 0
+    assert row["bandwidth_fraction"] > 0
+
+
+def test_latency_table(root: Path) -> None:
+    few = ("--near", "2", "--all", "2", "--seconds", "0.05", "--keep-compiled")
+    results = run(root, "latency_table", *few)
+    for name in ("near", "all"):
+        assert results[name]["n"] == results["baseline"][name]["n"] == 2
+        assert results[name]["mape"] > 0
+
+
+def test_kernels(root: Path) -> None:
+    """With the alternatives that depend most on what transformers and fla look like."""
+    results = run(root, "kernels", "--operators", "gated_delta_rule", "--seconds", "0.1")
+    (row,) = results.values()
     assert row["ratio"] > 0
     assert row["ours_peak_mib"] > 0
     assert row["other"].startswith(("fla, chunks of", "transformers, chunks of"))

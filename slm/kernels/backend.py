@@ -1,8 +1,9 @@
 """Which kernels run: this package's torch forms, or those of flash-linear-attention (fla).
 
 `auto` follows the device of the tensors: fla on CUDA, torch elsewhere. Both compute the same from
-the same weights. Attention and Mamba's scan are torch's everywhere. Every kernel says once, in the
-log, what it runs.
+the same weights. Mamba's scan is torch's everywhere, and so is attention, but for single tokens on
+CUDA: unless 'torch' is asked for, they have a Triton kernel of our own. Every kernel says once, in
+the log, what it runs.
 """
 
 from __future__ import annotations

@@ -10,12 +10,16 @@ places, K head size, S shares.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Programs per multiprocessor: enough that loads overlap.
 PROGRAMS_PER_PROCESSOR = 4
@@ -86,10 +90,11 @@ def _attend_share(  # type: ignore[no-untyped-def]
     tl.store(largest + out, best, mask=r < R)
 
 
-def num_shares(batch_size: int, num_kv_heads: int, device: torch.device) -> int:
-    """S: programs that share the places of a row and head."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, PROGRAMS_PER_PROCESSOR * processors // (batch_size * num_kv_heads))
+def num_shares(k: Tensor) -> int:
+    """S: programs that share the places of a row and head of k [B, N, G, K]."""
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    programs = PROGRAMS_PER_PROCESSOR * processors // (k.shape[0] * k.shape[2])
+    return max(1, programs)
 
 
 def attend_shares(
@@ -130,6 +135,12 @@ def attend_shares(
     return y.flatten(1, 2).to(q.dtype)
 
 
+@functools.cache
+def _say() -> None:
+    # Cached, so it logs once.
+    log.info("attention of single tokens on cuda: triton")
+
+
 @torch.library.triton_op("slm::decode_attention", mutates_args={})
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, shares: int) -> Tensor:
     return attend_shares(q, k, v, lengths, shares, torch.library.wrap_triton(_attend_share))
@@ -140,5 +151,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
 
     Every row has at least one place. Lengths above N mean all of them.
     """
-    y: Tensor = _decode_attention(q, k, v, lengths, num_shares(len(q), k.shape[2], q.device))
+    _say()
+    y: Tensor = _decode_attention(q, k, v, lengths, num_shares(k))
     return y

@@ -50,16 +50,21 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Softmax attention of one query, q [B, H, 1, K], over k, v [B, G, N, K]; mask [B, 1, 1, N]."""
-    assert q.shape[2] == 1
-    assert mask is not None
-    assert not dropout
-    assert not is_causal
-    assert scale is None
+    """Softmax attention of one query, q [B, H, 1, K], over k, v [B, G, N, K].
+
+    mask: [B, 1 or H, 1, N], bool. Raises NotImplementedError for what else torch's takes.
+    """
+    has_other_mask = is_causal or (mask is not None and mask.dtype != torch.bool)
+    if q.shape[2] != 1 or dropout or has_other_mask:
+        raise NotImplementedError("a step attends with one query, and a mask of bools or none")
     wide = accumulation_dtype(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)  # [B, G, H / G, K]
-    scores = (heads.unsqueeze(3) * k.unsqueeze(2).to(wide)).sum(-1) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, G, H / G, N]
+    scores = (heads.unsqueeze(3) * k.unsqueeze(2).to(wide)).sum(-1) * scale  # [B, G, H / G, N]
+    if mask is not None:
+        visible = mask.squeeze(2).expand(-1, q.shape[1], -1).unflatten(1, heads.shape[1:3])
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1)
     y = (weights.unsqueeze(-1) * v.unsqueeze(2).to(wide)).sum(3)
     return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
 

@@ -161,10 +161,9 @@ class KeyValueCache(State):
     def upto(self, num_tokens: int) -> KeyValueCache:
         """A view of the places that `num_tokens` tokens can be in, rounded up to whole blocks.
 
-        Its steps attend to all of them, those that hold nothing yet being masked. On CUDA it is all
-        places: the kernel reads there how many are used.
+        Its steps attend to all of them, those that hold nothing yet being masked.
         """
-        count = self.num_places if self.keys.is_cuda else max(num_tokens, self.num_pinned + 1)
+        count = max(num_tokens, self.num_pinned + 1)
         used = slice(min(-(-count // PLACES_BLOCK) * PLACES_BLOCK, self.num_places))
         # What the host knows of these, from now on: they are bounds.
         self.max_position = max(self.max_position, num_tokens)

@@ -14,6 +14,8 @@ from slm.generation import Decoder
 from slm.kernels.decode_attention import decode_attention
 from slm.model import LanguageModel
 
+pytestmark = pytest.mark.gpu
+
 OPERATORS = (
     "attention(head_dim=16,query_groups=2)",
     "attention(head_dim=16,window=7,pinned_tokens=3)",
@@ -71,8 +73,9 @@ def test_no_token_waits_for_the_device(model: LanguageModel) -> None:
         torch.cuda.set_sync_debug_mode("default")
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert counts.get("cudaGraphLaunch") == 50
-    waits = [n for n in counts if "Synchronize" in n and n != "cudaDeviceSynchronize"]
-    assert not waits
+    # The profiler's own end waits once for the device.
+    waits = {name: n for name, n in counts.items() if "Synchronize" in name}
+    assert sum(waits.values()) <= 1, waits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

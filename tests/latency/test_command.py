@@ -39,3 +39,12 @@ def test_all_mistakes_are_named_and_nothing_is_written(tmp_path):
     assert "error: protocol.num_contexts: must be >= 1, got 0" in done.stderr
     assert "head_dim: must divide the width 33" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_a_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run(tmp_path, "protocol.compile_unit=step")
+    assert done.returncode == 2
+    assert "error: protocol.compile_unit: 'step' needs a C++ compiler" in done.stderr
+    assert "no 'no-such-compiler'" in done.stderr
+    assert list(tmp_path.iterdir()) == []

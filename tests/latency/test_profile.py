@@ -31,10 +31,12 @@ def test_figures_belong_together(device, workload, architecture, protocol):
     assert record["request_ms"]["n"] == found.request_ms.n
 
 
-def test_peak_memory_holds_the_weights_once(device, workload, protocol):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_holds_the_weights_once(device, workload, protocol, dtype):
     large = Architecture.parse("width=1024 vocab_size=1024 | ffn ffn ffn")
+    workload = replace(workload, dtype=dtype)
     found = profile(large, workload, device, protocol)
-    weights_bytes = 4 * large.parameters()
+    weights_bytes = workload.torch_dtype.itemsize * large.parameters()
     assert weights_bytes < found.peak_memory_bytes < 1.5 * weights_bytes
 
 

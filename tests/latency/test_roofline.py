@@ -10,7 +10,6 @@ import torch
 from latency.roofline import Peaks, Probe, measure_peaks, roofline, step_bytes, step_flops
 from latency.workload import Workload
 from slm.architecture import Architecture
-from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS
 
@@ -92,17 +91,16 @@ def test_bfloat16_halves_all_but_recurrent_states():
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_bytes_are_those_of_the_decoder(name):
-    """Weights and state as the decoder holds them, for every operator there is."""
+def test_bytes_are_those_of_the_model(name):
+    """Weights and state as a model holds them, for every operator there is."""
     fields = OPERATORS[name].config_class.__dataclass_fields__
     operator = f"{name}(head_dim=16)" if "head_dim" in fields else name
     architecture = Architecture.parse(f"width=32 vocab_size=64 meta_tokens=2 | {operator}")
     workload = Workload(batch_size=2, prompt_tokens=4, new_tokens=2)
     model = LanguageModel(architecture)
-    decoder = Decoder(model, max_tokens=5, batch_size=2)
     context = 2 + 5
     weight_bytes = sum(p.nbytes for name, p in model.named_parameters() if name != "meta_tokens")
-    buffers = [b for state in decoder.state.operators for b in state.tensors()]
+    buffers = [b for state in model.init_state(2, 5).operators for b in state.tensors()]
     # Integers are places, not contents.
     state_bytes = sum(b.nbytes for b in buffers if b.is_floating_point())
     passes = 1 if name == "attention" else 2

@@ -44,6 +44,11 @@ def build(device, workload, protocol, tmp_path):
     return load_or_build
 
 
+def test_whole_steps_have_no_parts(build, protocol):
+    with pytest.raises(ValueError, match=r"compile_unit: a table takes .*, got 'step'"):
+        build((FFN, 16), protocol=replace(protocol, compile_unit="step"))
+
+
 def test_prediction_is_base_plus_rows(table):
     architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn ffn ffn")
     prediction = table.predict(architecture)

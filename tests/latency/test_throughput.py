@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latency.memory import PeakMemory, available_bytes
+from latency.profile import profile
 from latency.throughput import max_batch_size, throughput
 from latency.workload import Workload
 from slm.architecture import Architecture
@@ -47,6 +48,25 @@ def test_the_largest_batch_fills_what_it_may(device):
 def test_what_does_not_fit_is_said(device):
     with pytest.raises(MemoryError, match=r"a row takes .* there are 1,024"):
         max_batch_size(ARCHITECTURE, WORKLOAD, device, limit_bytes=1024)
+
+
+def test_a_batch_that_does_not_fit_after_all_is_made_smaller(
+    device, protocol, workload, architecture, monkeypatch
+):
+    """As of a CPU whose memory does not suffice: torch cannot allocate a tensor of 2⁵⁰ bytes."""
+    tried = []
+
+    def measure(architecture, workload, *arguments):
+        tried.append(workload.batch_size)
+        if len(tried) < 3:
+            torch.empty(2**50)
+        return profile(architecture, workload, *arguments)
+
+    monkeypatch.setattr("latency.throughput.max_batch_size", lambda *_: 10)
+    monkeypatch.setattr("latency.throughput.profile", measure)
+    found = throughput(architecture, workload, device, protocol)
+    assert tried == [10, 9, 8]
+    assert found.workload.batch_size == 8
 
 
 def test_throughput_is_of_the_largest_batch(device, protocol, workload, architecture, monkeypatch):

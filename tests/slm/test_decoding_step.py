@@ -9,7 +9,7 @@ from numerics import relative_rms
 from torch import Tensor
 
 from slm.architecture import Architecture
-from slm.compilation import Argument, cache_folder, library_path
+from slm.compilation import Argument, CompilationError, cache_folder, library_path
 from slm.decoding_step import init_state, pieces
 from slm.generation import Decoder
 from slm.model import LanguageModel
@@ -73,6 +73,27 @@ def test_many_rows_in_bfloat16_equal_eager() -> None:
     assert worst_error(model, Decoder(model, 9 + NUM_STEPS, 6, "step"), 6, None) < 0.02
 
 
+def test_tokens_are_looked_at_before_a_library_takes_them() -> None:
+    """Libraries read what is in memory, whatever strides, dtype and shape say."""
+    model = build(FEW)
+    plain, decoder = Decoder(model, 20, 3), Decoder(model, 20, 3, "operator")
+    tokens = torch.randint(60, (3, 5))
+    for each in (plain, decoder):
+        each.prefill(tokens)
+    for given in (tokens[:, 0], tokens[:, 1].to(torch.int32)):
+        assert relative_rms(decoder.step(given), plain.step(given.long())) < 1e-5
+    with pytest.raises(ValueError, match=r"tokens: expected \[3\], got \[2\]"):
+        decoder.step(tokens[:2, 0])
+
+
+def test_another_dtype_wants_another_decoder() -> None:
+    model = build(FEW)
+    decoder = Decoder(model, 20, 3, "operator")
+    model.bfloat16()
+    with pytest.raises(ValueError, match="make another decoder"):
+        decoder.prefill(torch.randint(60, (3, 5)))
+
+
 @torch.no_grad()
 def test_greedy_equals_decoding_without_state() -> None:
     model = build(ALL)
@@ -115,7 +136,9 @@ def test_a_bad_library_is_named_and_made_anew(caplog: pytest.LogCaptureFixture) 
     decoder.prefill(token[None])
     again.prefill(token[None])
     assert torch.equal(decoder.step(token), again.step(token))
-    assert not list(cache_folder().glob("*.tmp*"))
+    assert [each for each in cache_folder().glob(f"{path.stem}*") if each.suffix == ".pt2"] == [
+        path
+    ]
 
 
 def path_of(x: Tensor, varying: tuple[int, ...] = (), name: str = "f") -> Path:
@@ -149,3 +172,22 @@ def test_one_library_serves_every_length(batch_size: int) -> None:
             return [p.library_path for p in pieces(model, state, batch_size, "operator")]
 
     assert paths(70) == paths(9000)
+
+
+def test_where_nothing_can_be_kept_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLM_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(CompilationError, match=r"Not a directory.*SLM_CACHE_DIR names another"):
+        Decoder(build("width=16 vocab_size=20 | ffn"), 9, 1, "operator")
+
+
+def test_what_the_compiler_says_is_in_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
+    with pytest.raises(CompilationError, match="cannot be compiled"):
+        Decoder(build("width=16 vocab_size=20 | ffn"), 9, 1, "operator")
+    assert not list(tmp_path.rglob("*.pt2"))

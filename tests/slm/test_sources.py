@@ -23,7 +23,14 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.py", "generation.py", "compilation.py", "kernels/ssd.py", "operators/ffn.py"],
+    [
+        "model.py",
+        "generation.py",
+        "compilation.py",
+        "decoding_step.py",
+        "kernels/ssd.py",
+        "operators/ffn.py",
+    ],
 )
 def test_the_digest_follows_every_source_that_decoding_runs(copied: Path, name: str) -> None:
     before = kernel_hash()
