@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import random
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,19 @@ from rich.table import Table
 
 from latency.device import Device
 from latency.profile import profile
+from latency.request import decoding, reference_decoding
 from latency.timer import WIDEST_PERCENT, Protocol
 from latency.workload import Workload
 from search.space import SearchSpace, SpaceConfig
 from slm.architecture import Architecture
+from slm.compile_ahead import compile_ahead
 from slm.config import read
+from slm.decoding_step import CompileUnit
 
 SPACE = Path(__file__).parent.parent / "configs" / "space" / "demo.yaml"
 VOCAB_SIZE = 4096
+WORKLOAD = Workload(prompt_tokens=64, new_tokens=64)
+COMPILE_UNIT: CompileUnit = "operator"
 
 Record = dict[str, Any]
 
@@ -42,6 +48,12 @@ Record = dict[str, Any]
 def main() -> None:
     arguments = parse_arguments()
     texts = models(arguments.models, arguments.seed)
+    device = Device.current(threads=arguments.threads, kind="cpu")
+    architectures = map(Architecture.parse, texts)
+    decodings = [decoding(each, WORKLOAD, device, COMPILE_UNIT) for each in architectures]
+    compile_ahead(
+        [reference_decoding(device, COMPILE_UNIT), *decodings], Console(stderr=True).print
+    )
     began = time.monotonic()
     first = in_fresh_process(texts, arguments)
     time.sleep(max(0.0, 60 * arguments.minutes - (time.monotonic() - began)))
@@ -60,7 +72,7 @@ def main() -> None:
         ),
     }
     environment = {
-        **Device.current(threads=arguments.threads, kind="cpu").describe(),
+        **device.describe(),
         "minutes": arguments.minutes,
         "seed": arguments.seed,
         "max_seconds": arguments.seconds,
@@ -77,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", type=int, default=10, help="how many")
     parser.add_argument("--minutes", type=float, default=30.0, help="between the two")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each measurement")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="decides the models")
     return parser.parse_args()
@@ -97,17 +109,17 @@ def models(count: int, seed: int) -> list[str]:
 
 def in_fresh_process(texts: list[str], arguments: argparse.Namespace) -> list[Record]:
     """Measure them where nothing was measured before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (texts, arguments.threads, arguments.seconds))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(measure, texts, arguments.threads, arguments.seconds).result()
 
 
 def measure(texts: list[str], threads: int, seconds: float) -> list[Record]:
     device = Device.current(threads=threads, kind="cpu")
-    workload = Workload(prompt_tokens=64, new_tokens=64)
-    protocol = Protocol(max_seconds=seconds, compile_unit="operator")
+    protocol = Protocol(max_seconds=seconds, compile_unit=COMPILE_UNIT)
     found = []
     for text in texts:
-        result = profile(Architecture.parse(text), workload, device, protocol)
+        result = profile(Architecture.parse(text), WORKLOAD, device, protocol)
         request = result.request_ms
         low, high = result.request_per_reference_interval
         found.append(
