@@ -66,17 +66,6 @@ class Records:
 
         return read_table(self.path(architecture.digest, workload, compile_unit), parse)
 
-    def all(self) -> list[dict[str, Any]]:
-        """Every record of this device, by workload and then by architecture."""
-        # Where a write was cut off there is only the record before it.
-        paths = {
-            path.with_name(path.name.removesuffix(".previous"))
-            for pattern in ("*/*.json", "*/*.json.previous")
-            for path in self.folder.glob(pattern)
-        }
-        found = (read_table(path, self._parse) for path in sorted(paths))
-        return [record for record in found if record is not None]
-
     def _parse(self, values: Any) -> dict[str, Any]:
         return parse_record(values, self.device.key)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_REPORTS = 0.2
+# For a process to end by itself, once there is nothing more for it to do.
+PATIENCE_SECONDS = 5.0
 
 # Receives what a job reports about its progress.
 Report = Callable[[dict[str, Any]], None]
@@ -63,15 +65,20 @@ class Worker:
                     raise JobError(value)
                 on_report(value)
         except BaseException:
-            self.close()
+            self._end(patience_s=0.0)
             raise
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process: let it clean up after itself, but not for long."""
+        self._end(PATIENCE_SECONDS)
+
+    def _end(self, patience_s: float) -> None:
         if self._process is not None and self._connection is not None:
+            # When it waits for a job, this ends it.
+            self._connection.close()
+            self._process.join(patience_s)
             self._process.kill()
             self._process.join()
-            self._connection.close()
         self._process = self._connection = None
 
     def _start(self) -> Connection:

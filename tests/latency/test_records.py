@@ -6,7 +6,6 @@ import pytest
 
 from latency.profile import profile
 from latency.records import Records
-from latency.workload import Workload
 from slm.architecture import Architecture
 
 
@@ -33,7 +32,6 @@ def test_a_record_is_read_back_as_it_was_written(records, record, architecture, 
         / f"{architecture.digest}-eager.json"
     )
     assert records.read(architecture, workload, "eager") == record
-    assert records.all() == [record]
 
 
 def test_only_what_was_measured_is_found(records, record, architecture, workload):
@@ -44,7 +42,6 @@ def test_only_what_was_measured_is_found(records, record, architecture, workload
     assert records.read(architecture, workload, "step") is None
     elsewhere = replace(records, device=replace(records.device, limit="9 threads"))
     assert elsewhere.read(architecture, workload, "eager") is None
-    assert elsewhere.all() == []
 
 
 def test_measuring_again_keeps_the_record_before(records, record, architecture, workload):
@@ -56,24 +53,6 @@ def test_measuring_again_keeps_the_record_before(records, record, architecture, 
     # As if the second write had been cut off between its two steps.
     path.unlink()
     assert records.read(architecture, workload, "eager") == first
-    assert records.all() == [first]
-
-
-def test_all_records_of_the_device_by_workload(records, record, workload, device, protocol):
-    architectures = [
-        Architecture.parse(f"width=16 vocab_size=32 | {operators}")
-        for operators in ("ffn", "ffn attention(head_dim=8)")
-    ]
-    for architecture in architectures:
-        records.write(profile(architecture, workload, device, protocol).to_dict())
-    changed = Workload(batch_size=2, prompt_tokens=4, new_tokens=5)
-    records.write({**record, "workload": dict(vars(changed))})
-    records.write({**record, "compile_unit": "step"})
-    found = records.all()
-    assert len(found) == 4
-    assert [each["workload"]["batch_size"] for each in found] == [1, 1, 1, 2]
-    assert {each["compile_unit"] for each in found} == {"eager", "step"}
-    assert {str(each) for each in architectures} < {each["architecture"] for each in found}
 
 
 @pytest.mark.parametrize(
@@ -120,16 +99,6 @@ def test_a_bad_file_is_named_and_kept_aside(
     assert warning.startswith(f"{path}: ")
     assert reason in warning
     assert path.with_name(path.name + ".bad").read_text() == text
-    assert records.all() == []
-
-
-def test_all_leaves_out_a_bad_file_and_keeps_it_aside(records, record, caplog):
-    good, bad = records.write(record), records.write({**record, "compile_unit": "step"})
-    bad.write_text(bad.read_text()[:100])
-    with caplog.at_level(logging.WARNING):
-        assert records.all() == [json.loads(good.read_text())]
-    assert str(bad) in caplog.text
-    assert bad.with_name(bad.name + ".bad").exists()
 
 
 @pytest.mark.parametrize(
