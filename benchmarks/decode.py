@@ -242,7 +242,8 @@ def compare(
     prompt = torch.randint(architecture.vocab_size, (1, workload.prompt_tokens))
     prompt = prompt.to(device.torch_device)
     check_alike(theirs, ours, prompt)
-    decoder = Decoder(ours, workload.max_tokens, compile_unit="step")
+    max_tokens = workload.max_tokens + BURST_STEPS
+    decoder = Decoder(ours, max_tokens, compile_unit="step")
     buffer = torch.ones(READ_BYTES // 4, device=device.torch_device)
 
     def generate(count: int) -> Tensor:
@@ -276,7 +277,7 @@ def compare(
         for _ in range(BURST_STEPS):
             tokens = decoder.greedy_step(tokens)
 
-    plain = Decoder(ours, workload.max_tokens)
+    plain = Decoder(ours, max_tokens)
     bandwidth = measure_interleaved(
         {"steps": partial(steps, decoder), "plain": partial(steps, plain), "read": buffer.sum},
         device,

@@ -50,8 +50,7 @@ def main() -> None:
     protocol = Protocol(max_seconds=arguments.seconds, compile_unit="operator")
     space = SearchSpace(read(SpaceConfig, OmegaConf.load(SPACE)))
     with tempfile.TemporaryDirectory() as folder:
-        if not arguments.keep_compiled:
-            os.environ["SLM_CACHE_DIR"] = folder
+        os.environ["SLM_CACHE_DIR"] = folder
         table, build_s = build(space, workload, device, protocol, Path(folder))
         console.print(f"built in {build_s:.0f} s")
         report(arguments, space, table, protocol, build_s)
@@ -120,11 +119,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument(
-        "--keep-compiled",
-        action="store_true",
-        help="take what is compiled already; without this the time of building holds all of it",
-    )
     parser.add_argument("--seed", type=int, default=0, help="decides the random models")
     return parser.parse_args()
 

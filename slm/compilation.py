@@ -92,10 +92,10 @@ def library(
     from filelock import FileLock
 
     path = library_path(name, arguments)
-    found = _load(path)
-    if found is not None:
-        return found
     try:
+        found = _load(path)
+        if found is not None:
+            return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             found = _load(path)

@@ -10,6 +10,7 @@ Letters: B rows, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -100,6 +101,9 @@ class CompiledStep:
         self, model: LanguageModel, state: ModelState, batch_size: int, unit: CompileUnit
     ) -> None:
         self.model, self.state, self.batch_size, self.unit = model, state, batch_size, unit
+        if model.norm.weight.is_cuda:
+            # Attention takes what it registers.
+            importlib.import_module("slm.kernels.triton.decode_attention")
         self.pieces, self._stamp = pieces(model, state, batch_size, unit), self._weights()
         self.libraries = [piece.library() for piece in self.pieces]
         self._layouts = self._current_layouts()

@@ -10,7 +10,7 @@ from slm.plugins import plugin_digests
 
 FOLDER = Path(__file__).parent
 MODULES = ("model.py", "generation.py", "compilation.py", "decoding_step.py")
-PACKAGES = ("kernels", "operators")
+PACKAGES = ("kernels", "kernels/triton", "operators")
 
 
 def kernel_hash() -> str:

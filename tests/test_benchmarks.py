@@ -33,14 +33,6 @@ def test_decode(root: Path) -> None:
     assert row["bandwidth_fraction"] > 0
 
 
-def test_latency_table(root: Path) -> None:
-    few = ("--near", "2", "--all", "2", "--seconds", "0.05", "--keep-compiled")
-    results = run(root, "latency_table", *few)
-    for name in ("near", "all"):
-        assert results[name]["n"] == results["baseline"][name]["n"] == 2
-        assert results[name]["mape"] > 0
-
-
 def test_kernels(root: Path) -> None:
     """With the alternatives that depend most on what transformers and fla look like."""
     results = run(root, "kernels", "--operators", "gated_delta_rule", "--seconds", "0.1")

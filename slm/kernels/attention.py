@@ -121,10 +121,13 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> T
     """
     mask = None
     if lengths is not None:
-        if q.is_cuda and current_backend() != "torch":
-            from slm.kernels.decode_attention import decode_attention
-
-            return decode_attention(q, k, v, lengths)
+        if (
+            q.is_cuda
+            and current_backend() != "torch"
+            and hasattr(torch.ops.slm, "decode_attention")
+        ):
+            # Where `slm.kernels.triton.decode_attention` has been imported.
+            return torch.ops.slm.decode_attention(q, k, v, lengths)
         places = torch.arange(k.shape[1], device=k.device)
         mask = (places < lengths[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(

@@ -11,7 +11,7 @@ from latency.timer import Protocol
 from latency.workload import Workload
 from slm.architecture import Architecture
 from slm.generation import Decoder
-from slm.kernels.decode_attention import decode_attention
+from slm.kernels.triton.decode_attention import decode_attention
 from slm.model import LanguageModel
 
 pytestmark = pytest.mark.gpu

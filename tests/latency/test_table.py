@@ -2,6 +2,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,21 @@ def build(device, workload, protocol, tmp_path):
         return LatencyTable.load_or_build(operators, 32, workload, device, **arguments)
 
     return load_or_build
+
+
+def test_rows_of_compiled_operators_are_another_table(build, protocol, workload, device):
+    """Compiled before by other processes."""
+    said = []
+    compiled = replace(protocol, compile_unit="operator")
+    table = build((FFN, 64), protocol=compiled, progress=said.append)
+    assert said[0].startswith("compiling ")
+    assert set(table.rows[64]) == {BASE, str(ANCHOR), str(FFN)}
+    assert table.to_dict()["compile_unit"] == "operator"
+    plain = LatencyTable(workload, device, vocab_size=32)
+    folder = Path()
+    assert plain.path(folder) != table.path(folder)
+    with pytest.raises(ValueError, match="compile_unit: expected 'eager', got 'operator'"):
+        plain.parse(table.to_dict())
 
 
 def test_whole_steps_have_no_parts(build, protocol):

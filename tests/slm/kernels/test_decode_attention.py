@@ -21,7 +21,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, shares: int) -> Tensor:
     """Runs where the interpreter is."""
-    from slm.kernels.decode_attention import attend_shares
+    from slm.kernels.triton.decode_attention import attend_shares
 
     torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote with NaN
     return attend_shares(q, k, v, lengths, shares)

@@ -10,16 +10,12 @@ places, K head size, S shares.
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 # Programs per multiprocessor: enough that loads overlap.
 PROGRAMS_PER_PROCESSOR = 4
@@ -135,22 +131,11 @@ def attend_shares(
     return y.flatten(1, 2).to(q.dtype)
 
 
-@functools.cache
-def _say() -> None:
-    # Cached, so it logs once.
-    log.info("attention of single tokens on cuda: triton")
-
-
 @torch.library.triton_op("slm::decode_attention", mutates_args={})
-def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, shares: int) -> Tensor:
-    return attend_shares(q, k, v, lengths, shares, torch.library.wrap_triton(_attend_share))
-
-
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """y [B, H, K] of q [B, H, K] over the first lengths [B] places of k, v [B, N, G, K].
 
     Every row has at least one place. Lengths above N mean all of them.
     """
-    _say()
-    y: Tensor = _decode_attention(q, k, v, lengths, num_shares(k))
-    return y
+    kernel = torch.library.wrap_triton(_attend_share)
+    return attend_shares(q, k, v, lengths, num_shares(k), kernel)
