@@ -1,14 +1,19 @@
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from latency.device import Device
 from latency.profile import profile
 from latency.records import Records
 from latency.roofline import Peaks, Probe
 from latency.show import measured_devices, short_form
 from latency.table import LatencyTable
+from latency.timer import Protocol
+from latency.workload import Workload
+from slm.architecture import Architecture
 from slm.operators import parse_operator
 
 
@@ -27,11 +32,27 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What `cache` is a copy of; measured once."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        # A lock that nobody else waits for.
+        patch.setattr("tempfile.tempdir", str(folder))
+        measure(folder / "cache", Device.current(threads=1, kind="cpu"))
+    return folder / "cache"
+
+
 @pytest.fixture
-def cache(tmp_path, device, workload, architecture, protocol):
+def cache(tmp_path, measured):
     """A folder with `cache` in it, which holds peaks, a profile and a table."""
-    folder = tmp_path / "here"
-    cache_dir = folder / "cache"
+    return shutil.copytree(measured, tmp_path / "here" / "cache")
+
+
+def measure(cache_dir, device):
+    workload = Workload(prompt_tokens=4, new_tokens=5)
+    architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn ffn")
+    protocol = Protocol(max_seconds=1e-6, max_rounds=6, warmup_rounds=1)
     probe = Probe(buffer_bytes=2**20, matrix_sizes=(16,), max_seconds=1e-6)
     Peaks.load_or_measure(device, cache_dir, probe=probe)
     record = profile(architecture, workload, device, protocol).to_dict()
@@ -40,7 +61,6 @@ def cache(tmp_path, device, workload, architecture, protocol):
     Records(cache_dir, device).write(record)
     rows = [(parse_operator("attention(head_dim=8)"), 16), (parse_operator("ffn"), 32)]
     LatencyTable.load_or_build(rows, 32, workload, device, cache_dir=cache_dir, protocol=protocol)
-    return cache_dir
 
 
 def test_it_prints_every_figure_and_changes_nothing(cache, device, architecture, workload):
