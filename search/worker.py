@@ -83,11 +83,11 @@ class Worker:
 
     def _start(self) -> Connection:
         if self._process is None or self._connection is None:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(
-                target=_serve, args=(self._target, theirs), daemon=True
-            )
-            self._process.start()
+            connection, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(self._target, theirs), daemon=True)
+            process.start()
+            # Not before it runs: if starting it is interrupted, there is none to be ended.
+            self._process, self._connection = process, connection
             # Once only the process holds its end, its death ends the connection.
             theirs.close()
         return self._connection
