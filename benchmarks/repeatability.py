@@ -129,6 +129,7 @@ def measure(texts: list[str], threads: int, seconds: float) -> list[Record]:
                 "request_ms": [request.low_ms, request.median_ms, request.high_ms],
                 "converged": request.converged,
                 "quiet": request.quiet,
+                "placements": result.placements,
             }
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from latency.device import Device
 from latency.gpu_monitor import GpuConditions
 from latency.lock import device_lock
 from latency.memory import PeakMemory
-from latency.request import Request, reference_request
+from latency.request import BURST_STEPS, Request, reference_request
 from latency.roofline import Peaks, Roofline, roofline
 from latency.timer import (
+    MIN_PLACEMENTS,
+    MIN_ROUNDS,
     CpuMeter,
     Measurement,
     Protocol,
@@ -48,6 +51,7 @@ class Profile:
     peak_memory_bytes: the most that it took at one time, weights included, once they were there;
         see `latency.memory`.
     other_cpus_busy: CPUs that other processes kept busy meanwhile, on average.
+    placements: how many times the model was made to be measured, see `Protocol`.
     repeats: how often a measurement was disturbed and begun anew; disturbed_rounds: rounds by what
         disturbed them.
     gpu: the GPU during each measurement; empty on a CPU.
@@ -71,6 +75,7 @@ class Profile:
     state_bytes: int
     peak_memory_bytes: int | None
     other_cpus_busy: float
+    placements: int
     repeats: int
     disturbed_rounds: dict[str, int]
     gpu: tuple[GpuConditions, ...]
@@ -127,7 +132,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class _Times:
-    """What is common to both ways of measuring; `reference` are samples in ms.
+    """What one placement gives, in both ways of measuring; `reference` are samples in ms.
 
     ratio: of the request to the reference in the same round, a number and no time.
     timings: what it was measured in.
@@ -162,42 +167,77 @@ def profile(
             Request(architecture, workload, device, unit, seed)
         memory = PeakMemory()
         with memory.measured(device) as restart, quiet(device):
+            begin_s = time.monotonic()
             request = Request(architecture, workload, device, unit, seed)
             # Building takes more: weights are drawn in fp32.
             restart()
-            meter = CpuMeter()
             is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
-            times = (_measure_whole if is_whole else _measure_sampled)(request, reference, protocol)
+            measure = _measure_whole if is_whole else _measure_sampled
+            placements = _num_placements(request, is_whole, time.monotonic() - begin_s, protocol)
+            share = replace(protocol, max_seconds=protocol.max_seconds / placements)
+            meter = CpuMeter()
+            times = [measure(request, reference, share)]
+        # None is given back before the last is made, so that each gets memory of its own.
+        held = [(request, reference)]
+        with quiet(device):
+            while len(times) < placements:
+                request = Request(architecture, workload, device, unit, seed)
+                held.append((request, reference_request(device, unit)))
+                times.append(measure(*held[-1], share))
             other_cpus_busy = meter.others_busy()
     context = architecture.meta_tokens + workload.max_tokens
     state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
+    percent = protocol.max_interval_percent
+
+    def pooled(name: str) -> Measurement:
+        return Measurement.from_placements([getattr(each, name) for each in times], percent)
+
+    request_ms, ratio = pooled("request"), pooled("ratio")
+    reference_samples = np.concatenate([each.reference for each in times])
+    timings = [timing for each in times for timing in each.timings]
     return Profile(
         architecture=architecture,
         workload=workload,
         device=device,
         protocol=protocol,
-        request_ms=times.request,
-        ttft_ms=times.ttft,
-        tpot_ms=times.tpot,
-        reference_ms=Measurement.from_samples(
-            times.reference, protocol.max_interval_percent, times.request.quiet
-        ),
-        drift_percent=drift_percent(times.reference),
-        request_per_reference=times.ratio.median_ms,
-        request_per_reference_interval=(times.ratio.low_ms, times.ratio.high_ms),
+        request_ms=request_ms,
+        ttft_ms=pooled("ttft"),
+        tpot_ms=pooled("tpot"),
+        reference_ms=Measurement.from_samples(reference_samples, percent, request_ms.quiet),
+        drift_percent=drift_percent(reference_samples),
+        request_per_reference=ratio.median_ms,
+        request_per_reference_interval=(ratio.low_ms, ratio.high_ms),
         method="whole" if is_whole else "sampled",
         compile_unit=unit,
         parameters=architecture.parameters(),
         state_bytes=workload.batch_size * state_bytes,
         peak_memory_bytes=memory.bytes,
         other_cpus_busy=other_cpus_busy,
-        repeats=sum(timing.repeats for timing in times.timings),
+        placements=placements,
+        repeats=sum(timing.repeats for timing in timings),
         disturbed_rounds=dict(
-            sum((Counter(timing.disturbed_rounds) for timing in times.timings), Counter())
+            sum((Counter(timing.disturbed_rounds) for timing in timings), Counter())
         ),
-        gpu=tuple(timing.gpu for timing in times.timings if timing.gpu),
+        gpu=tuple(timing.gpu for timing in timings if timing.gpu),
         seed=seed,
     )
+
+
+def _num_placements(
+    request: Request, is_whole: bool, seconds_to_make: float, protocol: Protocol
+) -> int:
+    """As many as the protocol asks for and there is time for; one if that is too few to compare."""
+    round_ms = request.estimate_ms()
+    if is_whole:
+        # The reference and the first token come to less than another request.
+        round_ms *= 2
+    else:
+        steps = request.workload.new_tokens - 1
+        round_ms *= min(1.0, protocol.num_contexts * BURST_STEPS / steps)
+    rounds = MIN_ROUNDS + protocol.warmup_rounds
+    seconds = seconds_to_make + rounds * round_ms / 1000
+    count = min(protocol.placements, int(protocol.max_seconds / seconds))
+    return count if count >= MIN_PLACEMENTS else 1
 
 
 def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> _Times:

@@ -9,6 +9,9 @@
 - A round in which something else took the CPU from us, or the GPU slowed itself down (heat, power),
   is left out. A measurement with too few other rounds is refused and repeated; one that never got
   enough says so.
+- Where data lies in memory, and with it how caches serve it, is drawn anew every time a model is
+  made, and makes a percent or two. A model that is quickly made is measured in several placements;
+  the interval comes from how far these differ, which holds what lasts for seconds, too.
 - While timing, the device lock is held exclusively, the CPU's thread count is pinned and Python's
   garbage collection is off.
 """
@@ -21,12 +24,13 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from latency.clock import Clock, Sample, clock_of
 from latency.device import Device
@@ -39,6 +43,8 @@ from slm.runtime import thread_count
 
 # Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ < 0.05 < 2 · 0.5⁵.
 MIN_ROUNDS = 6
+# Fewer placements are not enough for an interval: then there is one, with that of its rounds.
+MIN_PLACEMENTS = 4
 # A median whose interval is wider than this to each side has not converged, whatever was asked for.
 WIDEST_PERCENT = 3.0
 
@@ -51,6 +57,8 @@ class Protocol:
 
     max_interval_percent: half width of the median's 95 % interval at which a measurement is done.
     max_seconds: time for a measurement; after it, the record says that it did not converge.
+    placements: how often the model that is measured is made anew, `max_seconds` / `placements` for
+        each; as often as there is time, or not at all, where making or running it takes longer.
     max_rounds: most samples of a measurement.
     max_repeats: how often a measurement that was disturbed is repeated, `max_seconds` each time.
     warmup_rounds: untimed rounds before the first sample.
@@ -62,6 +70,7 @@ class Protocol:
 
     max_interval_percent: float = 2.0
     max_seconds: float = 2.0
+    placements: int = 8
     max_rounds: int = 2000
     max_repeats: int = 2
     warmup_rounds: int = 2
@@ -78,6 +87,7 @@ class Protocol:
         problems += [
             f"{name}: must be >= {least}, got {getattr(self, name)}"
             for name, least in (
+                ("placements", 1),
                 ("max_rounds", MIN_ROUNDS),
                 ("max_repeats", 0),
                 ("warmup_rounds", 1),
@@ -115,8 +125,7 @@ class Measurement:
         """The median of samples in ms; fewer than MIN_ROUNDS give their range, not converged."""
         low, high = median_interval(samples)
         lower_quartile, median, upper_quartile = np.quantile(samples, [0.25, 0.5, 0.75])
-        half_width = (high - low) / 2
-        is_narrow = half_width <= min(max_interval_percent, WIDEST_PERCENT) / 100 * median
+        is_narrow = (high - low) / 2 <= _narrow(max_interval_percent) * median
         return cls(
             median_ms=float(median),
             low_ms=low,
@@ -125,6 +134,29 @@ class Measurement:
             n=len(samples),
             converged=bool(len(samples) >= MIN_ROUNDS and is_narrow),
             quiet=quiet,
+        )
+
+    @classmethod
+    def from_placements(
+        cls, placements: Sequence[Measurement], max_interval_percent: float
+    ) -> Measurement:
+        """One measurement from those of several placements: the mean of their medians.
+
+        Its interval is Student's, from how far they differ; of one placement, that of its rounds.
+        """
+        if len(placements) == 1:
+            return placements[0]
+        medians = np.array([each.median_ms for each in placements])
+        mean, count = medians.mean(), len(medians)
+        half_width = stats.t.ppf(0.975, count - 1) * medians.std(ddof=1) / math.sqrt(count)
+        return cls(
+            median_ms=float(mean),
+            low_ms=float(mean - half_width),
+            high_ms=float(mean + half_width),
+            iqr_ms=float(np.mean([each.iqr_ms for each in placements])),
+            n=sum(each.n for each in placements),
+            converged=bool(half_width <= _narrow(max_interval_percent) * mean),
+            quiet=all(each.quiet for each in placements),
         )
 
     @classmethod
@@ -150,6 +182,11 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+
+def _narrow(max_interval_percent: float) -> float:
+    """The share of a median that half its interval may be."""
+    return min(max_interval_percent, WIDEST_PERCENT) / 100
 
 
 def weighted_sum(terms: Iterable[tuple[float, Measurement]]) -> Measurement:

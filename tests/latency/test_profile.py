@@ -7,6 +7,7 @@ import torch
 from latency.profile import profile
 from latency.request import REFERENCE, Request
 from latency.roofline import Peaks, step_bytes
+from latency.timer import MIN_ROUNDS
 from latency.workload import Workload
 from slm.architecture import Architecture
 
@@ -29,6 +30,18 @@ def test_figures_belong_together(device, workload, architecture, protocol):
     assert record["architecture"] == str(architecture)
     assert record["device"]["key"] == device.key
     assert record["request_ms"]["n"] == found.request_ms.n
+
+
+def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
+    device, workload, architecture, protocol
+):
+    assert profile(architecture, workload, device, protocol).placements == 1
+    slow = replace(protocol, max_seconds=60.0)
+    found = profile(architecture, workload, device, slow)
+    assert found.placements == slow.placements == 8
+    assert found.request_ms.n == 8 * MIN_ROUNDS
+    # There is no time for four.
+    assert profile(architecture, workload, device, replace(slow, max_seconds=1e-3)).placements == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

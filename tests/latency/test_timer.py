@@ -125,6 +125,38 @@ def test_measurement_of_known_samples():
     assert not Measurement.from_samples(np.array([-1.0] * 9), 2.0).converged
 
 
+def test_an_interval_over_placements_covers_what_differs_between_them():
+    random = np.random.default_rng(0)
+    covered = covered_by_rounds = 0
+    for _ in range(1000):
+        # Where a model lies makes 2 %, a round differs by 3 %.
+        medians = 100 + 2 * random.normal(size=(8, 1))
+        rounds = medians + 3 * random.normal(size=(8, 25))
+        found = Measurement.from_placements(
+            [Measurement.from_samples(samples, 2.0) for samples in rounds], 2.0
+        )
+        covered += found.low_ms <= 100 <= found.high_ms
+        low, high = median_interval(rounds.ravel())
+        covered_by_rounds += low <= 100 <= high
+    # Four standard errors around 95 %.
+    assert abs(covered / 1000 - 0.95) < 0.028
+    assert covered_by_rounds < 700
+
+
+def test_placements_are_averaged_and_one_is_left_as_it_is():
+    parts = [measurement(10.0 + k, 9.0, 14.0, n=5, iqr_ms=1.0 + k) for k in range(4)]
+    found = Measurement.from_placements(parts, 2.0)
+    assert (found.median_ms, found.n, found.iqr_ms, found.quiet) == (11.5, 20, 2.5, True)
+    # Student's 97.5 % quantile for 3 degrees of freedom, from the tables.
+    half_width = 3.182446 * math.sqrt(5 / 3) / 2
+    assert (found.low_ms, found.high_ms) == pytest.approx((11.5 - half_width, 11.5 + half_width))
+    assert not found.converged
+    assert Measurement.from_placements([parts[0]] * 4, 2.0).converged
+    assert Measurement.from_placements(parts[:1], 2.0) is parts[0]
+    disturbed = [*parts[:3], measurement(10.0, 9.0, 14.0, quiet=False)]
+    assert not Measurement.from_placements(disturbed, 2.0).quiet
+
+
 def test_measurement_survives_json_and_refuses_what_it_is_not():
     original = measurement(2.0, 1.5, 2.5)
     assert Measurement.from_dict(original.to_dict()) == original
@@ -344,6 +376,7 @@ def test_every_problem_of_a_protocol_is_named():
             {
                 "max_seconds": 0,
                 "max_rounds": 5,
+                "placements": 0,
                 "max_repeats": -1,
                 "warmup_rounds": 0,
                 "num_contexts": 0,
@@ -351,6 +384,7 @@ def test_every_problem_of_a_protocol_is_named():
         )
     assert error.value.problems == [
         "max_seconds: must be > 0, got 0.0",
+        "placements: must be >= 1, got 0",
         "max_rounds: must be >= 6, got 5",
         "max_repeats: must be >= 0, got -1",
         "warmup_rounds: must be >= 1, got 0",
