@@ -6,7 +6,6 @@ weights stay on disk. Architectures are given as their canonical text.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,9 @@ if TYPE_CHECKING:
     from latency.profile import Profile
     from latency.timer import Protocol
     from latency.workload import Workload
-    from search.proxy import ProxyConfig
+    from search.proxy import ProxyConfig, ProxyTraining
     from slm.architecture import Architecture
     from slm.data import PackedCorpus
-    from slm.model import LanguageModel
     from slm.runtime import Runtime
 
 
@@ -75,16 +73,16 @@ class BaseEvaluator:
 
     def _train(
         self, text: str, corpus: PackedCorpus, tokens: int, seed: int, report: Report
-    ) -> tuple[LanguageModel, dict[str, Any]]:
-        """The model after its proxy training, and what is known of that."""
-        from search.proxy import train_proxy
+    ) -> tuple[ProxyTraining, dict[str, Any]]:
+        """The proxy training, and what is known of it."""
+        from search.proxy import ProxyTraining
         from slm.evaluation import bits_per_byte
 
-        model, result = train_proxy(
-            _parse(text), corpus, self.proxy, tokens=tokens, seed=seed, report=report
-        )
+        training = ProxyTraining(_parse(text), corpus, self.proxy, seed)
+        training.train(tokens, report)
+        result = training.result()
         bits = bits_per_byte(result.loss, corpus.validation)
-        return model, {**asdict(result), "bits_per_byte": bits}
+        return training, {**asdict(result), "bits_per_byte": bits}
 
 
 @dataclass(frozen=True)
@@ -121,14 +119,15 @@ class Evaluator(BaseEvaluator):
     def train(self, text: str, tokens: int, report: Report) -> dict[str, Any]:
         """Proxy training; keeps the weights."""
         corpus = self._set_up_training()
-        model, result = self._train(text, corpus, tokens, self.seed, report)
-        save_weights(model, self.weights_path(model.architecture))
+        training, result = self._train(text, corpus, tokens, self.seed, report)
+        training.save(self.weights_path(_parse(text)))
         return result
 
     def accuracies(
         self, texts: list[str], num_items: int, report: Report
     ) -> dict[str, dict[str, Any]]:
         """Cloze accuracy, by digest, of candidates that were trained before."""
+        from search.proxy import load_weights
         from slm.data.cloze import build_cloze
         from slm.data.tokenizer import load_tokenizer
         from slm.evaluation import cloze_accuracy
@@ -147,28 +146,6 @@ class Evaluator(BaseEvaluator):
     def weights_path(self, architecture: Architecture) -> Path:
         """Where an architecture's proxy weights are kept."""
         return self.candidates_folder / f"{architecture.digest}.safetensors"
-
-
-def save_weights(model: LanguageModel, path: Path) -> None:
-    """Write a model's weights, whole or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, temporary, metadata={"architecture": str(model.architecture)})
-    os.replace(temporary, path)
-
-
-def load_weights(architecture: Architecture, path: Path) -> LanguageModel:
-    """A model with the weights of `save_weights`, on the GPU if there is one."""
-    import torch
-    from safetensors.torch import load_file
-
-    from slm.model import LanguageModel
-
-    model = LanguageModel(architecture)
-    model.load_state_dict(load_file(path))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _parse(text: str) -> Architecture:

@@ -1,16 +1,21 @@
-"""The proxy: a short training that stands in for a long one.
+"""The proxy: a short training that stands in for a long one, and can be cut short further.
 
 A bare loop, so that a candidate of a few million parameters costs seconds and not the start of a
-framework. Every candidate sees the same batches in the same order.
+framework. Every candidate sees the same batches in the same order, under a schedule that ends at
+the last rung: what stops at a lower one has had the beginning of the same training, and goes on
+from there as if it had never stopped.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -22,11 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm.architecture import Architecture
-    from slm.data import PackedCorpus, PackedSplit
+    from slm.data import PackedCorpus
     from slm.model import LanguageModel
 
 # Steps between two points of the loss curve, where the device is waited for.
 STEPS_PER_POINT = 10
+# In a file of weights, what begins the names of the optimizer's tensors.
+OPTIMIZER = "optimizer."
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -34,7 +41,7 @@ Positive = Annotated[int, Field(gt=0)]
 class ProxyConfig:
     """How candidates are trained and scored.
 
-    rung_tokens: tokens to train on, one number per rung.
+    rung_tokens: tokens to train on, counted from the first, one number per rung.
     batch_size, sequence_tokens: sequences of one step; tokens of each.
     validation_tokens: tokens of the validation split that the loss is taken over.
     precision: auto computes in bfloat16 where the device does so fast.
@@ -52,13 +59,15 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if len(self.rung_tokens) != 1:
-            problems.append(f"rung_tokens: must be one number, got {list(self.rung_tokens)}")
+        if not self.rung_tokens:
+            problems.append("rung_tokens: must not be empty")
         elif self.rung_tokens[0] < self.tokens_per_step:
             problems.append(
                 f"rung_tokens: must be >= the {self.tokens_per_step} tokens of one step, "
                 f"got {self.rung_tokens[0]}"
             )
+        if any(later <= rung for rung, later in itertools.pairwise(self.rung_tokens)):
+            problems.append(f"rung_tokens: must increase, got {list(self.rung_tokens)}")
         if problems:
             raise ConfigError(problems)
 
@@ -67,10 +76,14 @@ class ProxyConfig:
         """Tokens of one optimizer step."""
         return self.batch_size * self.sequence_tokens
 
+    def num_steps(self, tokens: int) -> int:
+        """Steps that are nearest to `tokens` from below."""
+        return max(1, tokens // self.tokens_per_step)
+
 
 @dataclass(frozen=True)
 class ProxyResult:
-    """What training a candidate gave.
+    """What training a candidate gave, from its first token on.
 
     loss: on the validation subset, train_loss: mean of the last points of the curve; nats per
     token. loss_curve: (tokens, loss) pairs. seconds: of training alone.
@@ -84,99 +97,190 @@ class ProxyResult:
     loss_curve: list[tuple[int, float]]
 
 
-def train_proxy(
-    architecture: Architecture,
-    corpus: PackedCorpus,
-    config: ProxyConfig,
-    *,
-    tokens: int,
-    seed: int,
-    report: Report = lambda _: None,
-) -> tuple[LanguageModel, ProxyResult]:
-    """Train on about `tokens` tokens, and score.
+class ProxyTraining:
+    """A candidate in training.
 
-    The same arguments give the same weights on the same device with the same number of threads.
-    Raises FloatingPointError when the loss is no longer finite.
+    The same arguments give the same weights on the same device with the same number of threads,
+    however often the training was saved and loaded in between.
+
+    step: optimizer steps so far. loss_curve: (tokens, training loss) pairs. seconds: of training.
     """
-    import torch
 
-    from latency.lock import device_lock
-    from slm.evaluation import evaluate_loss
-    from slm.model import LanguageModel
-    from slm.training.optimizer import build_optimizer
+    def __init__(
+        self, architecture: Architecture, corpus: PackedCorpus, config: ProxyConfig, seed: int
+    ) -> None:
+        import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
-    model = LanguageModel(architecture).to(device)
-    num_steps = max(1, tokens // config.tokens_per_step)
-    optimizer, scheduler = build_optimizer(model, config.optimizer, num_steps)
-    curve: list[tuple[int, float]] = []
-    window: list[Tensor] = []
-    batches = _batches(corpus.train, config, seed)
-    start_s = time.monotonic()
-    for step, batch in zip(range(1, num_steps + 1), batches, strict=False):
-        # Shared: no latency is measured beside a step.
+        from slm.data.dataset import PackedDataset
+        from slm.model import LanguageModel
+        from slm.training.optimizer import build_optimizer
+
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        self.model = LanguageModel(architecture).to(self.device)
+        last_step = config.num_steps(config.rung_tokens[-1])
+        self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, last_step)
+        self.step = 0
+        self.loss_curve: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._seed = seed
+        self._validation = corpus.validation
+        self._dataset = PackedDataset(corpus.train, config.sequence_tokens)
+        self._orders: dict[int, list[int]] = {}
+
+    def train(self, tokens: int, report: Report = lambda _: None) -> None:
+        """Go on until about so many tokens in all have been read.
+
+        Raises FloatingPointError when the loss is no longer finite.
+        """
+        import torch
+
+        from latency.lock import device_lock
+
+        last_step = self.config.num_steps(tokens)
+        window: list[Tensor] = []
+        begin_s = time.monotonic()
+        while self.step < last_step:
+            # Shared: no latency is measured beside a step.
+            with device_lock(exclusive=False):
+                window.append(self._train_step())
+            self.step += 1
+            if self.step % STEPS_PER_POINT == 0 or self.step == last_step:
+                loss = torch.stack(window).mean().item()
+                window.clear()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} at step {self.step}")
+                self.loss_curve.append((self.tokens, loss))
+                report({"share": self.step / last_step, "loss": loss})
+        self.seconds += time.monotonic() - begin_s
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return self.step * self.config.tokens_per_step
+
+    def validate(self) -> float:
+        """Loss on the validation subset. Raises FloatingPointError if it is not finite."""
+        from latency.lock import device_lock
+        from slm.evaluation import evaluate_loss
+
         with device_lock(exclusive=False):
-            window.append(_step(model, batch, optimizer, config))
-        scheduler.step()
-        if step % STEPS_PER_POINT == 0 or step == num_steps:
-            loss = torch.stack(window).mean().item()
-            window.clear()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step}")
-            curve.append((step * config.tokens_per_step, loss))
-            report({"share": step / num_steps, "loss": loss})
-    seconds = time.monotonic() - start_s
-    with device_lock(exclusive=False):
-        loss = evaluate_loss(
-            model,
-            corpus.validation,
-            config.sequence_tokens,
-            config.batch_size,
-            config.validation_tokens,
+            loss = evaluate_loss(
+                self.model,
+                self._validation,
+                self.config.sequence_tokens,
+                self.config.batch_size,
+                self.config.validation_tokens,
+            )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss}")
+        return loss
+
+    def result(self) -> ProxyResult:
+        """Validate, and say what the training gave so far."""
+        last = [loss for _, loss in self.loss_curve[-3:]]
+        return ProxyResult(
+            loss=self.validate(),
+            train_loss=sum(last) / len(last),
+            tokens=self.tokens,
+            seconds=self.seconds,
+            tokens_per_second=self.tokens / self.seconds,
+            loss_curve=self.loss_curve,
         )
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the validation loss is {loss}")
-    num_tokens = num_steps * config.tokens_per_step
-    last = [loss for _, loss in curve[-3:]]
-    result = ProxyResult(
-        loss, sum(last) / len(last), num_tokens, seconds, num_tokens / seconds, curve
-    )
-    return model, result
+
+    def save(self, path: Path) -> None:
+        """Write weights and optimizer, whole or not at all, as safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = dict(self.model.state_dict())
+        for name, parameter in self.model.named_parameters():
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{OPTIMIZER}{kind}.{name}"] = value
+        metadata = {
+            "architecture": str(self.model.architecture),
+            "step": str(self.step),
+            "seconds": str(self.seconds),
+            "loss_curve": json.dumps(self.loss_curve),
+            "schedule": json.dumps(self.scheduler.state_dict()),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from where `save` was called. Raises ValueError naming a file that is not whole."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt", device=str(self.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["architecture"] != str(self.model.architecture):
+                raise ValueError(f"of another architecture, {metadata['architecture']}")
+            weights = {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}
+            self.model.load_state_dict(weights)
+            parameters = dict(self.model.named_parameters())
+            for key in tensors.keys() - weights.keys():
+                kind, _, name = key.removeprefix(OPTIMIZER).partition(".")
+                self.optimizer.state[parameters[name]][kind] = tensors[key]
+            schedule = json.loads(metadata["schedule"])
+            self.scheduler.load_state_dict(schedule)
+            for group, lr in zip(self.optimizer.param_groups, schedule["_last_lr"], strict=True):
+                group["lr"] = lr
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: no training to go on with ({error})") from None
+        self.step = int(metadata["step"])
+        self.seconds = float(metadata["seconds"])
+        self.loss_curve = [(tokens, loss) for tokens, loss in json.loads(metadata["loss_curve"])]
+
+    def _train_step(self) -> Tensor:
+        """One optimizer step; its loss, detached."""
+        import torch
+        from torch.utils.data import default_collate
+
+        from slm.training.loss import next_token_loss
+        from slm.training.precision import autocast
+
+        rows = [self._dataset[row] for row in self._rows(self.step)]
+        batch = {name: tensor.to(self.device) for name, tensor in default_collate(rows).items()}
+        with autocast(self.device, self.config.precision):
+            loss = next_token_loss(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss.detach()
+
+    def _rows(self, step: int) -> list[int]:
+        """Rows of the corpus that a step reads: all in random order, epoch after epoch."""
+        first = step * self.config.batch_size
+        places = range(first, first + self.config.batch_size)
+        epochs = [divmod(place, len(self._dataset)) for place in places]
+        return [self._order(epoch)[place] for epoch, place in epochs]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The rows in the order of an epoch."""
+        import torch
+
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self._seed + 2**32 * epoch)
+            order = torch.randperm(len(self._dataset), generator=generator).tolist()
+            # A batch reads from two epochs at most, one after the other.
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
 
-def _step(
-    model: LanguageModel, batch: dict[str, Tensor], optimizer: Any, config: ProxyConfig
-) -> Tensor:
-    """One optimizer step; its loss, detached."""
+def load_weights(architecture: Architecture, path: Path) -> LanguageModel:
+    """The model of a training that was saved, on the GPU if there is one."""
     import torch
+    from safetensors.torch import load_file
 
-    from slm.training.loss import next_token_loss
-    from slm.training.precision import autocast
+    from slm.model import LanguageModel
 
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with autocast(device, config.precision):
-        loss = next_token_loss(model, batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    optimizer.step()
-    return loss.detach()
-
-
-def _batches(split: PackedSplit, config: ProxyConfig, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches in random order, epoch after epoch, for ever."""
-    import torch
-    from torch.utils.data import default_collate
-
-    from slm.data.dataset import PackedDataset
-
-    dataset = PackedDataset(split, config.sequence_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[int] = []
-    while True:
-        while len(rows) < config.batch_size:
-            rows += torch.randperm(len(dataset), generator=generator).tolist()
-        chosen, rows = rows[: config.batch_size], rows[config.batch_size :]
-        yield default_collate([dataset[row] for row in chosen])
+    model = LanguageModel(architecture)
+    tensors = load_file(path)
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)})
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -7,8 +7,9 @@ target. The order of the blocks is free.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -202,6 +203,28 @@ class SearchSpace:
             and architecture.normalize_logits == config.normalize_logits
             and self.decompose(tuple(map(str, architecture.operators))) is not None
         )
+
+    def genotypes(self) -> Iterator[Genotype]:
+        """Every genotype once, those of few blocks first; of a large space there is no end."""
+        types = [
+            BlockType(mixers, ratio, ffns)
+            for ratio in self._ratios
+            for mixers in itertools.permutations(self.mixers, 1 if ratio == ALONE else 2)
+            for ffns in self.config.ffns_per_mixer
+        ]
+        seen: set[tuple[str, ...]] = set()
+        for length in range(1, self.config.max_blocks + 1):
+            for sequence in itertools.product(types, repeat=length):
+                genotype = Genotype.from_sequence(sequence)
+                operators = genotype.operators(self.ffn)
+                if operators not in seen and self.allows(genotype):
+                    seen.add(operators)
+                    yield self.canonical(genotype)
+
+    def size(self, limit: int) -> int | None:
+        """How many genotypes there are; None if they are more than `limit`."""
+        count = sum(1 for _ in itertools.islice(self.genotypes(), limit + 1))
+        return count if count <= limit else None
 
     # From genotype to architecture
 

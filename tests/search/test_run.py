@@ -17,7 +17,8 @@ from small_space import space_config
 
 from search import config as search_config
 from search.config import read_config
-from search.evaluate import Evaluator, load_weights
+from search.evaluate import Evaluator
+from search.proxy import load_weights
 from search.results import WORST_LATENCY_TARGETS
 from search.run import Search
 from search.worker import Worker
