@@ -34,6 +34,8 @@ class SearchConfig(RuntimeConfig):
     num_candidates: how many are trained, seeds included; may be raised to go on with a search.
     max_infeasible: the search gives up after so many proposals in a row that miss the target.
     cloze_items: questions put to each candidate of the frontier.
+    workers: processes that evaluate candidates side by side; they take the visible GPUs in turn.
+        More may be started by hand, here or elsewhere, with the same command and storage.
     latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
         choice.
     """
@@ -54,6 +56,7 @@ class SearchConfig(RuntimeConfig):
     num_candidates: Positive
     max_infeasible: Positive
     cloze_items: Annotated[int, Field(ge=0)]
+    workers: Positive
     latency_threads: Positive | None
     training_threads: Positive | None
 
@@ -63,6 +66,10 @@ class SearchConfig(RuntimeConfig):
             problems.append(
                 f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
                 f"got {self.num_candidates}"
+            )
+        if self.workers > 1 and self.storage.kind == "sqlite":
+            problems.append(
+                f"workers: sqlite storage is for one, got {self.workers}; take storage=journal"
             )
         if self.protocol.compile_unit == "step":
             problems.append(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 CLOZE_BATCH_SIZE = 64
+# Of a training curve that is recorded.
+MAX_CURVE_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,32 @@ class BaseEvaluator:
             torch.set_num_threads(self.training_threads)
         return PackedCorpus.open(self.corpus_folder)
 
-    def _measure(self, text: str, reference_ms: float) -> tuple[Profile, float]:
-        """Latency of the whole model, freshly initialised, by the decoder that users call.
-
-        Also the factor that brings its times to the machine speed at which the request that runs
-        beside every measurement took `reference_ms`, so that models measured an hour apart compare.
-        """
+    def _measure(self, text: str) -> Profile:
+        """Latency of the whole model, freshly initialised, by the decoder that users call."""
         from latency.profile import profile
 
         device = self._set_up_measuring()
-        result = profile(_parse(text), self.workload, device, self.protocol)
-        return result, result.request_per_reference * reference_ms / result.request_ms.median_ms
+        return profile(_parse(text), self.workload, device, self.protocol)
 
     def _train(
-        self, text: str, corpus: PackedCorpus, tokens: int, seed: int, report: Report
+        self,
+        text: str,
+        corpus: PackedCorpus,
+        tokens: int,
+        seed: int,
+        report: Report,
+        start: Path | None = None,
     ) -> tuple[ProxyTraining, dict[str, Any]]:
-        """The proxy training, and what is known of it."""
+        """The proxy training, gone on with from the file `start`, and what is known of it."""
         from search.proxy import ProxyTraining
         from slm.evaluation import bits_per_byte
 
         training = ProxyTraining(_parse(text), corpus, self.proxy, seed)
+        if start is not None:
+            try:
+                training.load(start)
+            except ValueError as error:
+                report({"warning": f"{error}; training it from its first token"})
         training.train(tokens, report)
         result = training.result()
         bits = bits_per_byte(result.loss, corpus.validation)
@@ -89,10 +97,11 @@ class BaseEvaluator:
 class Evaluator(BaseEvaluator):
     """Evaluates the candidates of a search.
 
-    candidates_folder: where weights are kept, `<digest>.safetensors`.
+    candidates_folder: where checkpoints are kept. cache_dir: where latencies are.
     """
 
     candidates_folder: Path
+    cache_dir: Path
     seed: int
 
     def measure(
@@ -102,31 +111,49 @@ class Evaluator(BaseEvaluator):
 
         table_reference_ms: how long the request that runs beside every measurement took when the
         latency table was made. All times but `latency_raw_ms` are brought to that machine speed.
+        What was measured before on this device, as carefully, is not measured again.
         """
-        result, scale = self._measure(text, table_reference_ms)
-        request = result.request_ms
+        from latency.records import Records
+
+        device = self._set_up_measuring()
+        records = Records(self.cache_dir, device)
+        unit = self.protocol.compile_unit
+        record = records.read(_parse(text), self.workload, unit)
+        if record is None or record["protocol"] != asdict(self.protocol):
+            record = self._measure(text).to_dict()
+            records.write(record)
+        request = record["request_ms"]
+        scale = record["request_per_reference"] * table_reference_ms / request["median_ms"]
         return {
-            "latency_ms": scale * request.median_ms,
-            "latency_low_ms": scale * request.low_ms,
-            "latency_high_ms": scale * request.high_ms,
-            "latency_raw_ms": request.median_ms,
-            "latency_is_quiet": request.quiet,
-            "ttft_ms": scale * result.ttft_ms.median_ms,
-            "tpot_ms": scale * result.tpot_ms.median_ms,
-            "tokens_per_s": result.tokens_per_s[0] / scale,
+            "latency_ms": scale * request["median_ms"],
+            "latency_low_ms": scale * request["low_ms"],
+            "latency_high_ms": scale * request["high_ms"],
+            "latency_raw_ms": request["median_ms"],
+            "latency_is_quiet": request["quiet"],
+            "ttft_ms": scale * record["ttft_ms"]["median_ms"],
+            "tpot_ms": scale * record["tpot_ms"]["median_ms"],
+            "tokens_per_s": record["tokens_per_s"]["median"] / scale,
         }
 
-    def train(self, text: str, tokens: int, report: Report) -> dict[str, Any]:
-        """Proxy training; keeps the weights."""
+    def train(
+        self, text: str, tokens: int, start: str | None, checkpoint: str, report: Report
+    ) -> dict[str, Any]:
+        """Proxy training until so many tokens in all were read.
+
+        start, checkpoint: files of `candidates_folder` to go on from, None for the first token,
+        and to leave behind.
+        """
         corpus = self._set_up_training()
-        training, result = self._train(text, corpus, tokens, self.seed, report)
-        training.save(self.weights_path(_parse(text)))
-        return result
+        start_path = None if start is None else self.candidates_folder / start
+        training, result = self._train(text, corpus, tokens, self.seed, report, start_path)
+        training.save(self.candidates_folder / checkpoint)
+        result["loss_curve"] = _thinned(result["loss_curve"])
+        return {**result, "checkpoint": checkpoint}
 
     def accuracies(
-        self, texts: list[str], num_items: int, report: Report
+        self, checkpoints: dict[str, str], num_items: int, report: Report
     ) -> dict[str, dict[str, Any]]:
-        """Cloze accuracy, by digest, of candidates that were trained before."""
+        """Cloze accuracy, by digest, of architectures whose checkpoints are given."""
         from search.proxy import load_weights
         from slm.data.cloze import build_cloze
         from slm.data.tokenizer import load_tokenizer
@@ -136,16 +163,19 @@ class Evaluator(BaseEvaluator):
         tokenizer = load_tokenizer(corpus.tokenizer_path)
         items = build_cloze(corpus, num_items, self.seed)
         found = {}
-        for architecture in map(_parse, texts):
-            model = load_weights(architecture, self.weights_path(architecture))
+        for text, checkpoint in checkpoints.items():
+            architecture = _parse(text)
+            model = load_weights(architecture, self.candidates_folder / checkpoint)
             result = cloze_accuracy(model, tokenizer, items, CLOZE_BATCH_SIZE)
             found[architecture.digest] = asdict(result)
-            report({"share": len(found) / len(texts)})
+            report({"share": len(found) / len(checkpoints)})
         return found
 
-    def weights_path(self, architecture: Architecture) -> Path:
-        """Where an architecture's proxy weights are kept."""
-        return self.candidates_folder / f"{architecture.digest}.safetensors"
+
+def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Points evenly spread over a curve, the last among them."""
+    step = -(-len(curve) // MAX_CURVE_POINTS)
+    return curve[::-1][::step][::-1]
 
 
 def _parse(text: str) -> Architecture:

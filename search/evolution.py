@@ -1,23 +1,27 @@
-"""Aging evolution (Real 2019) as Nemotron-Flash uses it: a pure function of (seed, history).
+"""What to try next, as a pure function of (seed, history).
 
-Each candidate's random stream is derived from the seed and its number, so a search that was
-stopped goes on as if it had not been: what was proposed is in the history, what comes next follows
-from it.
+- `aging`: aging evolution (Real 2019) as Nemotron-Flash uses it (arXiv 2511.18890): the lowest loss
+  within the target of a random sample of the newest candidates becomes the parent.
+- `pareto`: the same with non-dominated fronts of all objectives instead of the loss, and the sample
+  judged by the highest rung that its members have reached.
+- `random`: no parents.
+
+Each candidate's random stream is derived from the seed and its number, so a search that was stopped
+goes on as if it had not been: what was proposed is in the history, what comes next follows from it.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
-from search.genotype import Genotype
+from search.history import Candidate, History, Objective, Promotion, Proposal
+from search.rungs import promote, ranked
 from search.space import SearchSpace
 from slm.config import ConfigError, schema
 
-# infeasible: no width meets the target. failed: training it went wrong.
-State = Literal["waiting", "running", "scored", "failed", "infeasible"]
 PROPOSAL_ATTEMPTS = 500
 # A parent whose neighbours are all known: so many attempts for each further mutation step.
 ATTEMPTS_PER_STEP = 25
@@ -25,21 +29,35 @@ ATTEMPTS_PER_STEP = 25
 
 @schema
 class EvolutionConfig:
-    """Aging evolution.
+    """How candidates are proposed and promoted.
 
+    algorithm: see the top of `search.evolution`.
+    objectives: what a frontier is made of; all are minimised.
     initial_candidates: seeds, then random ones, before the first mutation.
     population_size: the newest so many candidates can be parents; older ones have died.
     sample_size: of these so many are drawn, and the best becomes the parent.
+    children_per_cycle: so many are proposed from the same population; 1 takes every score into
+        account as soon as it is there.
+    promoted_share: of the candidates of a rung, how many go on to the next.
     """
 
     initial_candidates: int
     population_size: int
     sample_size: int
+    algorithm: Literal["aging", "pareto", "random"] = "aging"
+    objectives: tuple[Objective, ...] = ("loss", "latency_ms")
+    children_per_cycle: int = 1
+    promoted_share: float = 0.25
 
     def __post_init__(self) -> None:
         problems = [
             f"{name}: must be >= 1, got {getattr(self, name)}"
-            for name in ("initial_candidates", "population_size", "sample_size")
+            for name in (
+                "initial_candidates",
+                "population_size",
+                "sample_size",
+                "children_per_cycle",
+            )
             if getattr(self, name) < 1
         ]
         if self.sample_size > self.population_size:
@@ -47,88 +65,93 @@ class EvolutionConfig:
                 f"sample_size: must be <= population_size {self.population_size}, "
                 f"got {self.sample_size}"
             )
+        if not 0 < self.promoted_share < 1:
+            problems.append(
+                f"promoted_share: must be above 0 and below 1, got {self.promoted_share}"
+            )
+        if len(set(self.objectives)) < len(self.objectives) or "loss" not in self.objectives:
+            problems.append(
+                f"objectives: must be loss and others, each once, got {list(self.objectives)}"
+            )
         if problems:
             raise ConfigError(problems)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What evolution knows of a candidate.
-
-    loss: nats per token, and latency_ms: of the whole model, measured; None until it is scored.
-    """
-
-    number: int
-    genotype: Genotype
-    state: State
-    loss: float | None = None
-    latency_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """The next candidate, and where it comes from.
-
-    seed_name: for a seed. parent, factor: for a mutation, the parent's number and what changed.
-    """
-
-    number: int
-    genotype: Genotype
-    origin: Literal["seed", "random", "mutation"]
-    seed_name: str | None = None
-    parent: int | None = None
-    factor: str | None = None
-
-
-def propose(
+def next_step(
     space: SearchSpace,
     config: EvolutionConfig,
     seed: int,
     target_ms: float,
-    history: Sequence[Candidate],
-) -> Proposal | None:
-    """The candidate that follows `history`; None when nothing new can be found.
+    history: History,
+    *,
+    num_rungs: int,
+    num_candidates: int,
+) -> Proposal | Promotion | None:
+    """What to train after `history`: somebody further, else somebody new; None when all is done.
 
-    history: every candidate so far, in the order of their numbers.
+    num_candidates: how many candidates the search tries.
     """
+    promotion = promote(history, num_rungs, config.promoted_share, config.objectives)
+    if promotion is not None:
+        return promotion
+    if history.num_tried >= num_candidates:
+        return None
+    return propose(space, config, seed, target_ms, history)
+
+
+def propose(
+    space: SearchSpace, config: EvolutionConfig, seed: int, target_ms: float, history: History
+) -> Proposal | None:
+    """The candidate that follows `history`; None when nothing new can be found."""
     number = len(history)
     rng = random.Random(f"{seed}/{number}")
-    known = {candidate.genotype for candidate in history}
     for name in space.config.seeds:
-        if (genotype := space.seed(name)) not in known:
+        if (genotype := space.seed(name)) not in history:
             return Proposal(number, genotype, "seed", seed_name=name)
+    if config.algorithm == "random" or history.num_tried < config.initial_candidates:
+        return _propose_random(space, number, rng, history)
+    population = living(history, config.population_size, cycle_start(number, config))
+    if not population:
+        return _propose_random(space, number, rng, history)
+    sample = rng.sample(population, min(config.sample_size, len(population)))
+    parent = select_parent(sample, config, target_ms)
+    return _propose_child(space, number, rng, history, parent) or _propose_random(
+        space, number, rng, history
+    )
 
-    num_tried = sum(candidate.state != "infeasible" for candidate in history)
-    population = living(history, config.population_size)
-    if num_tried < config.initial_candidates or not population:
-        return _propose_random(space, number, rng, known)
-    parent = select_parent(population, config.sample_size, target_ms, rng)
-    child = _propose_child(space, number, rng, known, parent)
-    return child or _propose_random(space, number, rng, known)
+
+def cycle_start(number: int, config: EvolutionConfig) -> int:
+    """The number of the first child of the cycle that a candidate belongs to."""
+    since = number - config.initial_candidates
+    return number - since % config.children_per_cycle if since > 0 else number
 
 
-def living(history: Sequence[Candidate], population_size: int) -> list[Candidate]:
+def living(history: History, population_size: int, before: int) -> list[Candidate]:
     """The newest scored candidates: the oldest is removed as one is added."""
-    return [candidate for candidate in history if candidate.state == "scored"][-population_size:]
+    return list(islice(history.newest(before), population_size))
 
 
 def select_parent(
-    population: Sequence[Candidate], sample_size: int, target_ms: float, rng: random.Random
+    sample: Sequence[Candidate], config: EvolutionConfig, target_ms: float
 ) -> Candidate:
-    """The lowest loss that meets the target in a random sample; the fastest if none meets it."""
-    sample = rng.sample(population, min(sample_size, len(population)))
+    """The best of a random sample; the fastest if none meets the target."""
+    fitting = [each for each in sample if _latency_ms(each) <= target_ms]
+    if not fitting:
+        return min(sample, key=lambda each: (_latency_ms(each), each.number))
+    if config.algorithm == "aging":
+        return min(fitting, key=lambda each: (each.losses[-1], each.number))
+    highest = max(len(each.losses) for each in fitting)
+    finalists = [each for each in fitting if len(each.losses) == highest]
+    return ranked(finalists, highest - 1, config.objectives)[0]
 
-    def rank(candidate: Candidate) -> tuple[bool, float, int]:
-        assert candidate.loss is not None
-        assert candidate.latency_ms is not None
-        misses = candidate.latency_ms > target_ms
-        return misses, candidate.latency_ms if misses else candidate.loss, candidate.number
 
-    return min(sample, key=rank)
+def _latency_ms(candidate: Candidate) -> float:
+    assert candidate.latency_ms is not None
+    return candidate.latency_ms
 
 
 def _propose_random(
-    space: SearchSpace, number: int, rng: random.Random, known: set[Genotype]
+    space: SearchSpace, number: int, rng: random.Random, known: History
 ) -> Proposal | None:
     for _ in range(PROPOSAL_ATTEMPTS):
         if (genotype := space.sample(rng)) not in known:
@@ -137,7 +160,7 @@ def _propose_random(
 
 
 def _propose_child(
-    space: SearchSpace, number: int, rng: random.Random, known: set[Genotype], parent: Candidate
+    space: SearchSpace, number: int, rng: random.Random, known: History, parent: Candidate
 ) -> Proposal | None:
     """A mutation of the parent that is new; a mutation of a mutation if need be."""
     for attempt in range(PROPOSAL_ATTEMPTS):

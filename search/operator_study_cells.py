@@ -90,7 +90,8 @@ class CellEvaluator(BaseEvaluator):
 
     def measure(self, text: str, reference_ms: float, report: Report) -> Cell:
         """Latencies of a model, brought to the machine speed at which the yardstick was taken."""
-        result, scale = self._measure(text, reference_ms)
+        result = self._measure(text)
+        scale = result.request_per_reference * reference_ms / result.request_ms.median_ms
         cell: Cell = {
             "architecture": text,
             "is_quiet": result.request_ms.quiet,

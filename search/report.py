@@ -22,6 +22,7 @@ from search.report_figures import (
     progress_figure,
     training_figure,
 )
+from search.results import is_scored
 from slm.training.files import write_atomically
 
 Record = dict[str, Any]
@@ -67,7 +68,7 @@ def report_content(run_folder: Path) -> dict[str, Any]:
         raise ValueError(f"{run_folder / 'search.json'}: not found; is this a search's folder?")
     candidates = _read_json(run_folder / "candidates.json") or []
     frontier = _read_json(run_folder / "frontier.json") or {}
-    scored = [record for record in candidates if record["state"] == "scored"]
+    scored = list(filter(is_scored, candidates))
     members = frontier.get("members", [])
     chosen = next((r for r in scored if r["digest"] == frontier.get("chosen")), None)
     curve = _read_metrics(run_folder / "train" / "metrics.csv")

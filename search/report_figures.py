@@ -57,7 +57,10 @@ def frontier_figure(
 
 
 def progress_figure(scored: list[Record], history: list[list[float]]) -> str | None:
-    """Loss of each candidate in order, the best so far, and the hypervolume; None before two."""
+    """Loss of each candidate in order, the best so far, and the hypervolume; None before two.
+
+    history: (candidate, tokens, hypervolume) whenever a loss was found.
+    """
     if len(scored) < 2:
         return None
     import plotly.graph_objects as go
@@ -73,8 +76,8 @@ def progress_figure(scored: list[Record], history: list[list[float]]) -> str | N
     if history:
         figure.add_trace(
             go.Scatter(
-                x=[number for number, _ in history],
-                y=[volume for _, volume in history],
+                x=[number for number, _, _ in history],
+                y=[volume for _, _, volume in history],
                 name="hypervolume (right)",
                 line={"color": LINE, "width": 1.5, "dash": "dot"},
             ),

@@ -18,42 +18,12 @@ Row = dict[str, Any]
 WORST_LATENCY_TARGETS = 1.1
 
 
-def candidate_rows(
-    records: Sequence[Record],
-    space: SearchSpace,
-    target_ms: float,
-    context_tokens: int,
-    accuracies: Mapping[str, Mapping[str, Any]],
-) -> list[Row]:
-    """One flat row per candidate, as `candidates.json` has it.
+def candidate_row(record: Record, space: SearchSpace, target_ms: float, context: int) -> Row:
+    """A candidate as a flat row of `candidates.json`; `mark` fills in what others decide.
 
-    context_tokens: of the workload, meta tokens not counted; what FLOPs and state are given for.
-    accuracies: cloze results by digest.
+    context: tokens of the workload, meta tokens not counted; what FLOPs and state are given for.
     """
-    rows = [_row(record, space, target_ms, context_tokens) for record in records]
-    scored = [row for row in rows if row["state"] == "scored"]
-    best = math.inf
-    on_frontier = non_dominated([(row["loss"], row["latency_ms"]) for row in scored])
-    for row, is_member in zip(scored, on_frontier, strict=True):
-        row["on_frontier"] = is_member
-        row["best_so_far"] = row["meets_target"] and row["loss"] < best
-        best = row["loss"] if row["best_so_far"] else best
-        if row["digest"] in accuracies:
-            row |= _accuracy_fields(accuracies[row["digest"]])
-    return rows
-
-
-def _accuracy_fields(result: Mapping[str, Any]) -> Row:
-    return {
-        "accuracy": result["accuracy"],
-        "accuracy_low": result["low"],
-        "accuracy_high": result["high"],
-        "accuracy_items": result["n"],
-    }
-
-
-def _row(record: Record, space: SearchSpace, target_ms: float, context_tokens: int) -> Row:
-    proposal, attributes = record.proposal, record.attributes
+    proposal, result = record.proposal, record.result
     row: Row = {
         "number": proposal.number,
         "state": record.state,
@@ -66,14 +36,19 @@ def _row(record: Record, space: SearchSpace, target_ms: float, context_tokens: i
         "short": space.short_form(proposal.genotype),
         **dict.fromkeys(("width", "architecture", "digest", "parameters", "flops_per_token")),
         "depth": len(proposal.genotype.pattern),
-        **dict.fromkeys(("state_bytes", "predicted_ms", "latency_ms", "latency_low_ms")),
-        **dict.fromkeys(
-            ("latency_high_ms", "latency_is_quiet", "ttft_ms", "tpot_ms", "tokens_per_s")
-        ),
+        **dict.fromkeys(("state_bytes", "memory_bytes", "predicted_ms", "latency_ms")),
+        **dict.fromkeys(("latency_low_ms", "latency_high_ms", "latency_is_quiet")),
+        **dict.fromkeys(("ttft_ms", "tpot_ms", "tokens_per_s")),
         "meets_target": False,
         "rung": record.rung,
         **dict.fromkeys(("loss", "bits_per_byte", "train_loss", "tokens", "seconds")),
-        "tokens_per_second": None,
+        **dict.fromkeys(("tokens_per_second", "checkpoint")),
+        # One entry per rung.
+        "rungs": [
+            {name: each[name] for name in ("tokens", "loss", "finished_at")}
+            for each in record.results
+        ],
+        "loss_curve": [],
         "on_frontier": False,
         "best_so_far": False,
         **dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "accuracy_items")),
@@ -82,13 +57,42 @@ def _row(record: Record, space: SearchSpace, target_ms: float, context_tokens: i
         "started_at": record.started_at,
         "finished_at": record.finished_at,
     }
-    if "architecture" in attributes:
-        row |= _architecture_fields(attributes["architecture"], context_tokens)
-    row |= attributes.get("measurement", {}) | attributes.get("training", {})
-    row["loss"] = record.loss
+    row |= result
+    if row["architecture"] is not None:
+        row |= _architecture_fields(row["architecture"], context)
     if row["latency_ms"] is not None:
         row["meets_target"] = row["latency_ms"] <= target_ms
     return row
+
+
+def mark(rows: Sequence[Row], accuracies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say which rows are on the frontier and which were the best in their time.
+
+    accuracies: cloze results by digest.
+    """
+    scored = [row for row in rows if is_scored(row)]
+    best = math.inf
+    on_frontier = non_dominated([(row["loss"], row["latency_ms"]) for row in scored])
+    for row, is_member in zip(scored, on_frontier, strict=True):
+        row["on_frontier"] = is_member
+        row["best_so_far"] = row["meets_target"] and row["loss"] < best
+        best = row["loss"] if row["best_so_far"] else best
+        if row["digest"] in accuracies:
+            row |= _accuracy_fields(accuracies[row["digest"]])
+
+
+def is_scored(row: Row) -> bool:
+    """Whether a candidate has a loss and did not fail later."""
+    return row["loss"] is not None and row["state"] != "failed"
+
+
+def _accuracy_fields(result: Mapping[str, Any]) -> Row:
+    return {
+        "accuracy": result["accuracy"],
+        "accuracy_low": result["low"],
+        "accuracy_high": result["high"],
+        "accuracy_items": result["n"],
+    }
 
 
 def _architecture_fields(text: str, context_tokens: int) -> Row:
@@ -114,28 +118,48 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 def chosen(rows: Sequence[Row]) -> Row | None:
     """The lowest loss among what meets the target."""
-    fitting = [row for row in rows if row["state"] == "scored" and row["meets_target"]]
+    fitting = [row for row in rows if is_scored(row) and row["meets_target"]]
     return min(fitting, key=lambda row: (row["loss"], row["latency_ms"]), default=None)
 
 
+def worst_point(target_ms: float, vocab_size: int) -> tuple[float, float]:
+    """What hypervolume is measured from: a model that knows nothing, a little over the target."""
+    return math.log(vocab_size), target_ms * WORST_LATENCY_TARGETS
+
+
 def frontier_summary(rows: Sequence[Row], target_ms: float, vocab_size: int) -> Row:
-    """What `frontier.json` says of the search as a whole."""
-    scored = [row for row in rows if row["state"] == "scored"]
-    worst = (math.log(vocab_size), target_ms * WORST_LATENCY_TARGETS)
-    history = hypervolume_history([(row["loss"], row["latency_ms"]) for row in scored], worst)
+    """What `frontier.json` says of the search as a whole.
+
+    hypervolume_history: [number, tokens trained on until then, hypervolume] for each loss, in the
+    order in which they were found.
+    """
+    worst = worst_point(target_ms, vocab_size)
+    events = sorted(
+        (each["finished_at"], row["number"], rung)
+        for row in rows
+        for rung, each in enumerate(row["rungs"])
+    )
+    points, tokens, history = [], 0, []
+    for _, number, rung in events:
+        rungs = rows[number]["rungs"]
+        points.append((rungs[rung]["loss"], rows[number]["latency_ms"]))
+        tokens += rungs[rung]["tokens"] - (rungs[rung - 1]["tokens"] if rung else 0)
+        history.append([number, tokens])
+    volumes = hypervolume_history(points, worst)
     best = chosen(rows)
     states = [row["state"] for row in rows]
     return {
         "chosen": best["digest"] if best else None,
-        "hypervolume": history[-1] if history else 0.0,
+        "hypervolume": volumes[-1] if volumes else 0.0,
         "hypervolume_point": list(worst),
         "hypervolume_history": [
-            [row["number"], value] for row, value in zip(scored, history, strict=True)
+            [*event, volume] for event, volume in zip(history, volumes, strict=True)
         ],
         "members": [{**row, "model": f"model/{row['digest']}.yaml"} for row in frontier(rows)],
-        "num_scored": len(scored),
+        "num_scored": sum(map(is_scored, rows)),
         "num_failed": states.count("failed"),
         "num_infeasible": states.count("infeasible"),
+        "tokens": tokens,
     }
 
 

@@ -1,7 +1,7 @@
 """The files of a run folder, written from what the study knows.
 
 search.json             what is searched, where, with what
-candidates.json         every candidate; candidates.parquet: the same as a table
+candidates.json         every candidate; history.parquet: the same as a table
 frontier.json           the frontier as a whole
 frontier/model/*.yaml   its members as Hydra configs, frontier/chosen: the digest of the best
 report.html             all of it, to look at
@@ -21,8 +21,9 @@ from typing import Any
 
 from latency.device import Device
 from search.config import SearchConfig, plain
-from search.results import Row, candidate_rows, frontier_summary, model_yaml, table_summary
+from search.results import Row, frontier_summary, is_scored, mark, model_yaml, table_summary
 from search.space import SearchSpace
+from search.standings import Standings
 from search.study import Study
 from slm.training.files import write_atomically
 
@@ -45,16 +46,18 @@ class RunFolder:
         self.space = space
         self.device = device
         self.study = study
+        self.standings = Standings(study, space, config.workload.max_tokens)
 
     def rows(self) -> list[Row]:
-        """Every candidate, in the order of their numbers."""
-        return candidate_rows(
-            self.study.records(),
-            self.space,
-            self.study.fact("setup")["target_ms"],
-            self.config.workload.max_tokens,
-            self.study.fact("accuracies") or {},
-        )
+        """Every candidate, in the order of their numbers, with what others decide about it."""
+        self.standings.update()
+        mark(self.standings.rows, self.study.fact("accuracies") or {})
+        return self.standings.rows
+
+    def summary(self) -> Row:
+        """The frontier as a whole."""
+        setup = self.study.fact("setup")
+        return frontier_summary(self.rows(), setup["target_ms"], setup["vocab_size"])
 
     def publish(self, status: str, seconds: float) -> None:
         """Write all files but the report. status: running, interrupted or finished."""
@@ -63,13 +66,10 @@ class RunFolder:
         description = self._description(rows, status, seconds)
         write_json(self.folder / "search.json", description)
         write_json(self.folder / "candidates.json", rows)
-        if any(row["state"] == "scored" for row in rows):
-            setup = self.study.fact("setup")
-            summary = frontier_summary(rows, setup["target_ms"], setup["vocab_size"])
-            summary |= {key: description[key] for key in COMMON}
-            self._write_frontier(summary)
+        if any(map(is_scored, rows)):
+            self._write_frontier(self.summary() | {key: description[key] for key in COMMON})
         if status != "running":
-            write_parquet(self.folder / "candidates.parquet", rows)
+            write_parquet(self.folder / "history.parquet", rows)
         self.study.update("status", status)
 
     def write_report(self) -> None:

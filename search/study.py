@@ -1,24 +1,28 @@
 """One search in Optuna storage: claim, score, record, recover.
 
-There is one Optuna trial per (candidate, rung). It is created WAITING with all that makes the
-candidate, and its owner, in one transaction; only the owner claims it (RUNNING) and records it
-(COMPLETE with loss and latency). Optuna lacks two things, which are here:
+There is one Optuna trial per (candidate, rung). It is created with all that makes the candidate and
+with its owner in one transaction, and only the owner records in it. Optuna lacks two things, which
+are here:
 
-- *no duplicates*: two processes may both create a trial of the same number; the earlier trial
-  stands, the later is dropped before it runs;
-- *recovery*: a trial whose owner died is failed, its candidate is queued again as a new trial, and
-  a late writer is refused, because a finished trial cannot change.
+- *no duplicates*: two processes may both create a trial of the same candidate and rung; the
+  earlier trial stands, the later is dropped before it runs;
+- *recovery*: an owner holds a lease, which it renews while it works. The trial of an owner that
+  died or let the lease run out is failed, in one step, and its candidate is queued again as a new
+  trial. A late writer is refused, because a finished trial cannot change.
 
-Any tool that reads Optuna studies reads it: two objectives, loss and latency_ms, both minimised.
+Any tool that reads Optuna studies reads it: objectives, which are minimised, parameters that say
+what the architecture is made of, and the latency target as a constraint.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,37 +34,50 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from search.evolution import Candidate, Proposal, State
 from search.genotype import Genotype
+from search.history import Candidate, History, Objective, Promotion, Proposal, State
+from search.space import SearchSpace
 from slm.config import ConfigError, schema
 
-OBJECTIVES = ("loss", "latency_ms")
-# A candidate whose owners died so often is taken to kill them.
+# A candidate whose owners died so often on one rung is taken to kill them.
 MAX_ATTEMPTS = 3
-HEARTBEAT_SECONDS = 30.0
+# A lease is renewed when so much of it is over.
+RENEWAL_SHARE = 0.25
+MIN_LEASE_SECONDS = 1.0
+# What `optuna.Trial.set_constraint` calls a constraint: above zero it is missed.
+CONSTRAINT = "constraints:latency_over_target_ms"
+# Of a proposal, what is stored as it is.
+ORIGIN = ("origin", "seed_name", "parent", "factor")
+STATES: dict[TrialState, State] = {
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "scored",
+    TrialState.PRUNED: "infeasible",
+    TrialState.FAIL: "failed",
+}
 
 
 @schema
 class StorageConfig:
     """Where the study lives.
 
-    kind: sqlite and journal are files of the run's folder: the former for one process, the latter
-        also for many on one machine. postgresql serves many machines, and needs its url.
-    stale_seconds: an owner on another machine that has been silent for so long is dead.
+    kind: sqlite and journal are files of the run's folder, for processes on one machine: journal
+        is the faster for many. postgresql serves many machines, and needs its url.
+    lease_seconds: an owner that has been silent for so long has lost its candidate. The clocks of
+        machines that share a study must agree to well within it.
     """
 
     kind: Literal["sqlite", "journal", "postgresql"]
     url: str | None = None
-    stale_seconds: float = 300.0
+    lease_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         problems = []
         if (self.url is not None) != (self.kind == "postgresql"):
             needs = "needs" if self.url is None else "takes no"
             problems.append(f"url: {self.kind} storage {needs} url, got {self.url!r}")
-        if self.stale_seconds < 2 * HEARTBEAT_SECONDS:
+        if self.lease_seconds < MIN_LEASE_SECONDS:
             problems.append(
-                f"stale_seconds: must be >= {2 * HEARTBEAT_SECONDS:g}, got {self.stale_seconds:g}"
+                f"lease_seconds: must be >= {MIN_LEASE_SECONDS:g}, got {self.lease_seconds:g}"
             )
         if problems:
             raise ConfigError(problems)
@@ -94,10 +111,10 @@ class Owner:
         """This process."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
-    def is_dead(self, heartbeat: float, stale_seconds: float) -> bool:
-        """Whether it is gone; on another machine, whether it has been silent for too long."""
+    def is_dead(self) -> bool:
+        """Whether it is known to be gone; of other machines nothing is known."""
         if self.host != socket.gethostname():
-            return time.time() - heartbeat > stale_seconds
+            return False
         try:
             process = psutil.Process(self.pid)
             return (
@@ -116,41 +133,70 @@ class StaleTrialError(RuntimeError):
 class Record:
     """All that the study knows of a candidate.
 
-    attributes: what was noted with `Claim.note`. attempts: trials spent on it.
+    rung: the one that it is on. losses: after each rung that it is done with, results: what was
+    recorded with them. result: what was recorded last, also of what failed. owner: who works on it.
+    attempts: trials on this rung.
     """
 
     proposal: Proposal
     state: State
     rung: int = 0
-    loss: float | None = None
-    latency_ms: float | None = None
+    losses: tuple[float, ...] = ()
+    results: tuple[Mapping[str, Any], ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    owner: Owner | None = None
     attempts: int = 1
     started_at: str | None = None
     finished_at: str | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def candidate(self) -> Candidate:
         """What evolution sees."""
+        first = self.results[0] if self.results else {}
         return Candidate(
-            self.proposal.number, self.proposal.genotype, self.state, self.loss, self.latency_ms
+            self.proposal.number,
+            self.proposal.genotype,
+            self.state,
+            self.losses,
+            first.get("latency_ms"),
+            first.get("memory_bytes"),
         )
 
 
 class Study:
-    """A study of one search; several processes may share it."""
+    """A study of one search; several processes may share it.
 
-    def __init__(self, study: optuna.Study, stale_seconds: float) -> None:
+    records: every candidate by number, history: the same as evolution sees it; both as they were
+    at the last `refresh`.
+    """
+
+    def __init__(self, study: optuna.Study, lease_seconds: float, space: SearchSpace) -> None:
         self.name = study.study_name
         self.owner = Owner.current()
+        self.lease_seconds = lease_seconds
+        self.records: list[Record] = []
+        self.history = History()
         self._study = study
         self._storage = study._storage
-        self._stale_seconds = stale_seconds
+        self._space = space
+        most = space.config.max_operators
+        self._distribution = optuna.distributions.IntDistribution(0, most)
+        # Of each candidate the trials that were not dropped, all by number.
+        self._trials: dict[int, dict[int, FrozenTrial]] = {}
+        # Trials that can still change; those that cannot are not looked at again.
+        self._open: dict[int, FrozenTrial] = {}
+        self._settled: set[int] = set()
 
     @classmethod
     def open(
-        cls, config: StorageConfig, run_folder: Path, name: str, identity: Mapping[str, Any]
+        cls,
+        config: StorageConfig,
+        run_folder: Path,
+        name: str,
+        identity: Mapping[str, Any],
+        space: SearchSpace,
+        objectives: Sequence[Objective],
     ) -> Study:
         """Create the study, or go on with it.
 
@@ -161,17 +207,17 @@ class Study:
         study = optuna.create_study(
             storage=config.open(run_folder),
             study_name=name,
-            directions=["minimize"] * len(OBJECTIVES),
+            directions=["minimize"] * len(objectives),
             load_if_exists=True,
         )
-        if len(study.directions) != len(OBJECTIVES):
+        if len(study.directions) != len(objectives):
             raise ConfigError([f"name: study '{name}' has other objectives; choose another name"])
         if study.metric_names is None:
             with warnings.catch_warnings():
                 # Experimental, and for people only.
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(OBJECTIVES))
-        result = cls(study, config.stale_seconds)
+                study.set_metric_names(list(objectives))
+        result = cls(study, config.lease_seconds, space)
         stored = flatten(result.settle("identity", identity))
         wanted = flatten(identity)
         problems = [
@@ -182,7 +228,10 @@ class Study:
         ]
         if problems:
             raise ConfigError(problems)
+        result.refresh()
         return result
+
+    # Facts of the study as a whole
 
     def settle(self, key: str, value: Any) -> Any:
         """Store a fact of the study unless it is known; the fact as stored."""
@@ -198,124 +247,160 @@ class Study:
         """Store a fact of the study, whether it is known or not."""
         self._study.set_user_attr(key, value)
 
-    def records(self) -> list[Record]:
-        """Every candidate, in the order of their numbers."""
-        trials: dict[int, list[FrozenTrial]] = {}
-        for trial in self._trials():
-            trials.setdefault(trial.user_attrs["candidate"], []).append(trial)
-        return [_record(trials[number]) for number in sorted(trials)]
+    # Candidates
+
+    def refresh(self) -> None:
+        """Read what has happened since the last time."""
+        changed: set[int] = set()
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.number in self._settled:
+                continue
+            number, is_new = trial.user_attrs["candidate"], trial.number not in self._open
+            if trial.state.is_finished():
+                self._settled.add(trial.number)
+                self._open.pop(trial.number, None)
+            else:
+                # Its lease may have been renewed.
+                self._open[trial.number] = trial
+            if "dropped" in trial.user_attrs:
+                self._trials[number].pop(trial.number, None)
+                changed.add(number)
+            elif is_new or trial.state.is_finished():
+                self._trials.setdefault(number, {})[trial.number] = trial
+                changed.add(number)
+        for number in sorted(changed):
+            record = _record(list(self._trials[number].values()))
+            self.records[number : number + 1] = [record]
+            self.history.put(record.candidate)
 
     def propose(self, proposal: Proposal) -> Claim | None:
         """Add a candidate and claim it; None if another process added one of that number first."""
-        return self._create(proposal, rung=0)
+        return self._claim(proposal, rung=0)
+
+    def promote(self, promotion: Promotion) -> Claim | None:
+        """Claim a candidate for a higher rung; None if another process was faster."""
+        return self._claim(self.records[promotion.number].proposal, promotion.rung)
 
     def take_queued(self) -> Claim | None:
         """Claim a candidate that lost its owner; None if there is none."""
-        for record in self.records():
-            if record.state == "waiting":
-                claim = self._create(record.proposal, record.rung)
-                if claim is not None:
-                    return claim
+        for number in self.history.waiting():
+            record = self.records[number]
+            claim = self._claim(record.proposal, record.rung)
+            if claim is not None:
+                return claim
         return None
 
     def reap(self) -> int:
         """Fail the trials of dead owners, which queues their candidates; how many."""
+        self.refresh()
         count = 0
-        for trial in self._trials():
-            if trial.state.is_finished():
-                continue
-            attributes = trial.user_attrs
-            owner = Owner(**attributes["owner"])
-            if owner.is_dead(attributes["heartbeat"], self._stale_seconds):
-                claim = Claim(self, trial._trial_id, _proposal(trial))
+        for trial in list(self._open.values()):
+            owner = Owner(**trial.user_attrs["owner"])
+            silent_seconds = time.time() - trial.user_attrs["heartbeat"]
+            if silent_seconds > self.lease_seconds or owner.is_dead():
                 try:
-                    claim.release(f"process {owner.pid} on {owner.host} died", died=True)
-                except StaleTrialError:
-                    # Another process was faster.
+                    # In one step: a trial that is failed without a word was lost.
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                except UpdateFinishedTrialError:
+                    # Another process was faster, or the owner was done after all.
                     continue
                 count += 1
+        if count:
+            self.refresh()
         return count
 
-    def _create(self, proposal: Proposal, rung: int) -> Claim | None:
-        """Create and claim a trial unless a live one of the same candidate and rung is earlier."""
+    @property
+    def num_running(self) -> int:
+        """Candidates that somebody works on."""
+        return len(self._open)
+
+    def _claim(self, proposal: Proposal, rung: int) -> Claim | None:
+        """Create a trial and claim it, unless there is an earlier one that was not lost."""
         attributes = {
             "candidate": proposal.number,
             "rung": rung,
             "genotype": proposal.genotype.to_json(),
-            "origin": proposal.origin,
-            "seed_name": proposal.seed_name,
-            "parent": proposal.parent,
-            "factor": proposal.factor,
+            **{name: getattr(proposal, name) for name in ORIGIN},
             "owner": asdict(self.owner),
             "heartbeat": time.time(),
         }
-        template = optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=attributes)
+        parameters = self._parameters(proposal.genotype)
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            user_attrs=attributes,
+            params=parameters,
+            distributions=dict.fromkeys(parameters, self._distribution),
+        )
         trial_id = self._storage.create_new_trial(self._study._study_id, template)
-        key = (proposal.number, rung)
-        standing = [
-            trial
-            for trial in self._trials()
-            if (trial.user_attrs["candidate"], trial.user_attrs["rung"]) == key
-            and "released" not in trial.user_attrs
-        ]
-        claim = Claim(self, trial_id, proposal)
-        if min(standing, key=lambda trial: trial.number)._trial_id != trial_id:
+        self.refresh()
+        claim = Claim(self, trial_id, proposal, rung)
+        standing = _standing(self._trials[proposal.number].values(), rung)
+        if standing is None or standing._trial_id != trial_id:
             claim.drop()
+            self.refresh()
             return None
-        claimed = self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-        assert claimed, "only its owner claims a trial"
         return claim
 
-    def _trials(self) -> Iterator[FrozenTrial]:
-        """Trials that were not dropped."""
-        for trial in self._study.get_trials(deepcopy=False):
-            if "dropped" not in trial.user_attrs:
-                yield trial
+    def _parameters(self, genotype: Genotype) -> dict[str, int]:
+        """What a genotype is made of, in numbers that Optuna's dashboard can plot."""
+        counts = Counter(genotype.operators(self._space.ffn))
+        return {
+            "blocks": len(genotype.pattern),
+            **{short: counts[text] for text, short in self._space.legend.items()},
+        }
 
 
 class Claim:
     """A trial of ours. As a context it is released if the block ends without a result."""
 
-    def __init__(self, study: Study, trial_id: int, proposal: Proposal) -> None:
+    def __init__(self, study: Study, trial_id: int, proposal: Proposal, rung: int) -> None:
         self.proposal = proposal
+        self.rung = rung
         self._storage = study._storage
         self._trial_id = trial_id
         self._is_open = True
+        self._renewal_seconds = RENEWAL_SHARE * study.lease_seconds
         self._last_beat = time.monotonic()
 
-    def note(self, **attributes: Any) -> None:
-        """Store facts. Raises StaleTrialError if the trial is no longer ours."""
-        for key, value in attributes.items():
-            self._write(self._storage.set_trial_user_attr, key, value)
+    @property
+    def name(self) -> str:
+        """Tells its files apart from those of any other claim of the study."""
+        return f"{self.proposal.number}-{self.rung}-{self._trial_id}"
 
     def beat(self) -> None:
-        """Tell other machines that the owner is alive."""
-        if time.monotonic() - self._last_beat > HEARTBEAT_SECONDS:
+        """Renew the lease if it is time. Raises StaleTrialError if the trial is no longer ours."""
+        if time.monotonic() - self._last_beat > self._renewal_seconds:
             self._last_beat = time.monotonic()
-            self.note(heartbeat=time.time())
+            self._note("heartbeat", time.time())
 
-    def complete(self, loss: float, latency_ms: float) -> None:
-        """Record the scores."""
-        self._finish(TrialState.COMPLETE, (loss, latency_ms))
+    def complete(
+        self, values: Sequence[float], result: Mapping[str, Any], excess_ms: float
+    ) -> None:
+        """Record the objectives, what else is known, and the latency beyond the target."""
+        self._note("result", json.dumps(result))
+        self._write(self._storage.set_trial_system_attr, CONSTRAINT, excess_ms)
+        self._finish(TrialState.COMPLETE, values)
 
-    def fail(self, error: str) -> None:
-        """Record that the candidate cannot be scored."""
-        self.note(error=error)
+    def fail(self, error: str, result: Mapping[str, Any]) -> None:
+        """Record that the candidate cannot be scored, and what else is known."""
+        self._note("result", json.dumps(result))
+        self._note("error", error)
         self._finish(TrialState.FAIL)
 
-    def reject(self, reason: str) -> None:
-        """Record that no width of the candidate meets the target."""
-        self.note(error=reason)
+    def reject(self, reason: str, result: Mapping[str, Any]) -> None:
+        """Record that no width of the candidate meets the target, and what else is known."""
+        self._note("result", json.dumps(result))
+        self._note("error", reason)
         self._finish(TrialState.PRUNED)
 
-    def release(self, reason: str, *, died: bool = False) -> None:
-        """Give the candidate up, so that it is queued again; `died`: its owner did."""
-        self.note(died=died, released=reason)
+    def release(self, reason: str) -> None:
+        """Give the candidate up, so that it is queued again."""
+        self._note("released", reason)
         self._finish(TrialState.FAIL)
 
     def drop(self) -> None:
         """Undo the creation of the trial."""
-        self.note(dropped=True)
+        self._note("dropped", True)
         self._finish(TrialState.FAIL)
 
     def __enter__(self) -> Claim:
@@ -330,7 +415,10 @@ class Claim:
         if self._is_open and kind is not StaleTrialError:
             self.release(f"interrupted by {kind.__name__}" if kind else "left without a result")
 
-    def _finish(self, state: TrialState, values: tuple[float, float] | None = None) -> None:
+    def _note(self, key: str, value: Any) -> None:
+        self._write(self._storage.set_trial_user_attr, key, value)
+
+    def _finish(self, state: TrialState, values: Sequence[float] | None = None) -> None:
         self._write(self._storage.set_trial_state_values, state, values)
         self._is_open = False
 
@@ -344,54 +432,67 @@ class Claim:
             ) from None
 
 
+def _record(trials: Sequence[FrozenTrial]) -> Record:
+    """What the trials of one candidate say, those of the highest rung counting."""
+    rung = max(map(_rung, trials))
+    done = [
+        trial
+        for trial in (_standing(trials, lower) for lower in range(rung + 1))
+        if trial is not None and trial.state == TrialState.COMPLETE
+    ]
+    here = [trial for trial in trials if _rung(trial) == rung]
+    trial = _standing(trials, rung)
+    if trial is not None:
+        state, error = STATES[trial.state], trial.user_attrs.get("error")
+    else:
+        trial = max(here, key=lambda each: each.number)
+        state, error = "waiting", None
+        deaths = sum("released" not in each.user_attrs for each in here)
+        if deaths >= MAX_ATTEMPTS:
+            state, error = "failed", f"its owner died, {deaths} times"
+    results = [
+        {**json.loads(each.user_attrs["result"]), "finished_at": _utc(each.datetime_complete)}
+        for each in done
+    ]
+    last = trial.user_attrs.get("result")
+    return Record(
+        proposal=_proposal(trial),
+        state=state,
+        rung=rung,
+        losses=tuple(each.values[0] for each in done),
+        results=tuple(results),
+        result=json.loads(last) if last else results[-1] if results else {},
+        error=error,
+        owner=Owner(**trial.user_attrs["owner"]) if state == "running" else None,
+        attempts=len(here),
+        started_at=_utc(trials[0].datetime_start),
+        finished_at=_utc(trial.datetime_complete) if state != "waiting" else None,
+    )
+
+
+def _standing(trials: Iterable[FrozenTrial], rung: int) -> FrozenTrial | None:
+    """The earliest trial on a rung that was not lost: its owner owns the candidate."""
+    found = (trial for trial in trials if _rung(trial) == rung and not _is_lost(trial))
+    return min(found, key=lambda trial: trial.number, default=None)
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    """Whether it was failed with nothing said about the candidate."""
+    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def _rung(trial: FrozenTrial) -> int:
+    rung: int = trial.user_attrs["rung"]
+    return rung
+
+
 def _proposal(trial: FrozenTrial) -> Proposal:
     attributes = trial.user_attrs
     return Proposal(
         number=attributes["candidate"],
         genotype=Genotype.from_json(attributes["genotype"]),
-        origin=attributes["origin"],
-        seed_name=attributes["seed_name"],
-        parent=attributes["parent"],
-        factor=attributes["factor"],
+        **{name: attributes[name] for name in ORIGIN},
     )
-
-
-def _record(trials: list[FrozenTrial]) -> Record:
-    """What all trials of one candidate say, the highest rung's counting."""
-    rung = max(trial.user_attrs["rung"] for trial in trials)
-    trials = [trial for trial in trials if trial.user_attrs["rung"] == rung]
-    standing = [trial for trial in trials if "released" not in trial.user_attrs]
-    trial = min(standing, key=lambda t: t.number) if standing else trials[-1]
-    state, error = _state(trial), trial.user_attrs.get("error")
-    deaths = [t.user_attrs["released"] for t in trials if t.user_attrs.get("died")]
-    if not standing and len(deaths) >= MAX_ATTEMPTS:
-        state, error = "failed", f"{deaths[-1]}, the {len(deaths)}th owner to do so"
-    values = trial.values if state == "scored" else (None, None)
-    return Record(
-        proposal=_proposal(trial),
-        state=state,
-        rung=rung,
-        loss=values[0],
-        latency_ms=values[1],
-        error=error,
-        attempts=len(trials),
-        started_at=_utc(trial.datetime_start),
-        finished_at=_utc(trial.datetime_complete),
-        attributes=trial.user_attrs,
-    )
-
-
-def _state(trial: FrozenTrial) -> State:
-    if "released" in trial.user_attrs:
-        return "waiting"
-    states: dict[TrialState, State] = {
-        TrialState.WAITING: "running",
-        TrialState.RUNNING: "running",
-        TrialState.COMPLETE: "scored",
-        TrialState.PRUNED: "infeasible",
-        TrialState.FAIL: "failed",
-    }
-    return states[trial.state]
 
 
 def _utc(moment: datetime | None) -> str | None:

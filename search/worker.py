@@ -8,6 +8,7 @@ the search does.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -32,10 +33,12 @@ class Worker:
 
     target: a picklable object; the process gets its copy when it starts. Each method that is run
     takes a keyword `report`, to be called with progress.
+    visible_devices: the GPUs of the process, as CUDA_VISIBLE_DEVICES has them; None: all.
     """
 
-    def __init__(self, target: object) -> None:
+    def __init__(self, target: object, visible_devices: str | None = None) -> None:
         self._target = target
+        self._visible_devices = visible_devices
         self._context = multiprocessing.get_context("spawn")
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -46,9 +49,16 @@ class Worker:
         return self._process.pid if self._process is not None else None
 
     def run(
-        self, method: str, *arguments: Any, time_limit_s: float, on_report: Report = lambda _: None
+        self,
+        method: str,
+        *arguments: Any,
+        time_limit_s: float,
+        on_report: Report = lambda _: None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Any:
         """Run `target.method(*arguments)`; its result.
+
+        on_wait: called again and again meanwhile; what it raises ends the job.
 
         Raises JobError if it raises, if the process dies, or if it takes longer than the limit,
         which includes the start of the process.
@@ -58,7 +68,7 @@ class Worker:
             connection = self._start()
             connection.send((method, arguments))
             while True:
-                kind, value = self._receive(connection, deadline)
+                kind, value = self._receive(connection, deadline, on_wait)
                 if kind == "result":
                     return value
                 if kind == "error":
@@ -84,7 +94,9 @@ class Worker:
     def _start(self) -> Connection:
         if self._process is None or self._connection is None:
             connection, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(self._target, theirs), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(self._target, theirs, self._visible_devices), daemon=True
+            )
             process.start()
             # Not before it runs: if starting it is interrupted, there is none to be ended.
             self._process, self._connection = process, connection
@@ -92,10 +104,13 @@ class Worker:
             theirs.close()
         return self._connection
 
-    def _receive(self, connection: Connection, deadline: float) -> tuple[str, Any]:
+    def _receive(
+        self, connection: Connection, deadline: float, on_wait: Callable[[], None]
+    ) -> tuple[str, Any]:
         """The next message of the process. Raises JobError when there will be none in time."""
         try:
             while time.monotonic() < deadline:
+                on_wait()
                 if connection.poll(POLL_SECONDS):
                     return connection.recv()
         except (EOFError, ConnectionError):
@@ -113,8 +128,10 @@ class Worker:
         return f"the worker process was ended by {name}{hint}"
 
 
-def _serve(target: object, connection: Connection) -> None:
+def _serve(target: object, connection: Connection, visible_devices: str | None) -> None:
     """The process: run jobs until the search is gone."""
+    if visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
     # Ctrl-C reaches every process of the terminal; the search decides what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     last_report_s = 0.0

@@ -49,7 +49,7 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     scored = [record(0, 5.0, 9.0), record(1, 5.5, 6.0), record(2, 4.5, 12.0), record(3, 6.0, 8.0)]
-    lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", "latency_ms": None}
+    lost = record(4, 0, 0) | {"state": "failed", "loss": None, "error": "worker <died>", "latency_ms": None}
     members = [scored[1], scored[0], scored[2]]
     search = {
         "name": "example",
@@ -71,7 +71,7 @@ def run_folder(tmp_path: Path) -> Path:
     frontier = {
         "chosen": scored[0]["digest"],
         "members": members,
-        "hypervolume_history": [[0, 1.0], [1, 1.5], [2, 2.0], [3, 2.0]],
+        "hypervolume_history": [[n, 1000 * n, v] for n, v in enumerate((1.0, 1.5, 2.0, 2.0))],
     }
     for name, content in (
         ("search", search),

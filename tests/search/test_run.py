@@ -174,13 +174,13 @@ def test_the_frontier_is_what_the_candidates_say(finished):
     assert frontier["chosen"] == min(points, key=points.get)
     assert (finished / "frontier" / "chosen").read_text() == frontier["chosen"] + "\n"
     assert frontier["hypervolume_point"][1] == pytest.approx(1e6 * WORST_LATENCY_TARGETS)
-    areas = [area for _, area in frontier["hypervolume_history"]]
+    areas = [area for _, _, area in frontier["hypervolume_history"]]
     assert areas == sorted(areas)
     assert areas[-1] == frontier["hypervolume"] > 0
     for member in frontier["members"]:
         assert member["accuracy_low"] <= member["accuracy"] <= member["accuracy_high"]
         assert member["accuracy_items"] == 20
-    table = pd.read_parquet(finished / "candidates.parquet")
+    table = pd.read_parquet(finished / "history.parquet")
     assert table["loss"].tolist() == [row["loss"] for row in rows]
 
 
@@ -206,19 +206,18 @@ def test_records_hold_what_was_measured_and_trained(finished):
         assert row["predicted_ms"] > 0
         assert row["tokens"] == 320
         assert row["parameters"] == architecture.parameters()
-        curve = read_json(finished / "candidates" / f"{row['digest']}.json")["loss_curve"]
-        assert [tokens for tokens, _ in curve] == [320]
-        model = load_weights(architecture, finished / "candidates" / f"{row['digest']}.safetensors")
+        assert [tokens for tokens, _ in row["loss_curve"]] == [320]
+        model = load_weights(architecture, finished / "candidates" / row["checkpoint"])
         assert sum(p.numel() for p in model.parameters()) == row["parameters"]
 
 
 class CrashingEvaluator(Evaluator):
     """Loses its process while training candidate after candidate, all but the transformer."""
 
-    def train(self, text, tokens, report):
+    def train(self, text, *arguments, report):
         if "deltanet" in text:
             os._exit(9)
-        return super().train(text, tokens, report)
+        return super().train(text, *arguments, report=report)
 
 
 def compose_tiny(experiment: list[str], *overrides: str):
@@ -231,9 +230,10 @@ def compose_tiny(experiment: list[str], *overrides: str):
 
 def test_a_crash_costs_one_candidate(experiment, tmp_path):
     search = Search(compose_tiny(experiment, "num_candidates=3"), tmp_path)
-    evaluator = search.worker._target
-    search.__dict__["worker"] = worker = Worker(CrashingEvaluator(**vars(evaluator)))
-    search.resources.callback(worker.close)
+    searcher = search.searcher
+    evaluator = searcher.worker._target
+    searcher.__dict__["worker"] = worker = Worker(CrashingEvaluator(**vars(evaluator)))
+    searcher.resources.callback(worker.close)
     summary = search.run()
     rows = read_json(tmp_path / "candidates.json")
     crashed = [row for row in rows if "deltanet" in row["architecture"]]

@@ -1,0 +1,140 @@
+"""What a search knows of its candidates, in a form that proposals and promotions are made from.
+
+Nothing here costs more in a long search than in a short one.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from search.frontier import Point
+from search.genotype import Genotype
+
+# waiting: lost its owner. scored: done with the rung it was on. infeasible: no width meets the
+# target. failed: training it went wrong.
+State = Literal["waiting", "running", "scored", "failed", "infeasible"]
+Objective = Literal["loss", "latency_ms", "memory_bytes"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What evolution knows of a candidate.
+
+    state: on the rung that it is on. losses: nats per token, after each rung that it is done with.
+    latency_ms: of the whole model, measured; memory_bytes: its weights and state. None until known.
+    """
+
+    number: int
+    genotype: Genotype
+    state: State
+    losses: tuple[float, ...] = ()
+    latency_ms: float | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it has a loss and did not fail later."""
+        return bool(self.losses) and self.state != "failed"
+
+    def point(self, objectives: Iterable[Objective], rung: int) -> Point:
+        """Its objectives, with the loss after a rung."""
+        values = {
+            "loss": self.losses[rung],
+            "latency_ms": self.latency_ms,
+            "memory_bytes": self.memory_bytes,
+        }
+        point = [values[objective] for objective in objectives]
+        assert None not in point, f"candidate {self.number} was not measured"
+        return tuple(map(float, point))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The next candidate, and where it comes from.
+
+    seed_name: for a seed. parent, factor: for a mutation, the parent's number and what changed.
+    """
+
+    number: int
+    genotype: Genotype
+    origin: Literal["seed", "random", "mutation", "crossover", "sampler"]
+    seed_name: str | None = None
+    parent: int | None = None
+    factor: str | None = None
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A candidate that goes on to a rung."""
+
+    number: int
+    rung: int
+
+
+class History:
+    """Every candidate of a search, by number from 0."""
+
+    def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
+        self._candidates: list[Candidate] = []
+        self._numbers: dict[Genotype, int] = {}
+        # Numbers of the candidates that are done with each rung, in order.
+        self._done: list[list[int]] = []
+        # Candidates that trained, are training or will: all but the infeasible.
+        self.num_tried = 0
+        self._waiting: set[int] = set()
+        for candidate in candidates:
+            self.put(candidate)
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def __getitem__(self, number: int) -> Candidate:
+        return self._candidates[number]
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._candidates)
+
+    def __contains__(self, genotype: Genotype) -> bool:
+        return genotype in self._numbers
+
+    def put(self, candidate: Candidate) -> None:
+        """Add the next candidate, or what is now known of one."""
+        number = candidate.number
+        if number == len(self._candidates):
+            before = None
+            self._candidates.append(candidate)
+            self._numbers[candidate.genotype] = number
+        else:
+            before = self._candidates[number]
+            assert before.genotype == candidate.genotype, f"candidate {number} changed"
+            self._candidates[number] = candidate
+        self.num_tried += (candidate.state != "infeasible") - (
+            before is not None and before.state != "infeasible"
+        )
+        (self._waiting.add if candidate.state == "waiting" else self._waiting.discard)(number)
+        num_known = len(before.losses) if before else 0
+        for rung in range(num_known, len(candidate.losses)):
+            if rung == len(self._done):
+                self._done.append([])
+            bisect.insort(self._done[rung], number)
+
+    def waiting(self) -> list[int]:
+        """Numbers of the candidates that lost their owner."""
+        return sorted(self._waiting)
+
+    def newest(self, before: int | None = None) -> Iterator[Candidate]:
+        """Scored candidates, the newest first; with `before` only those of smaller numbers."""
+        scored = self._done[0] if self._done else []
+        end = len(scored) if before is None else bisect.bisect_left(scored, before)
+        for place in reversed(range(end)):
+            candidate = self[scored[place]]
+            if candidate.is_scored:
+                yield candidate
+
+    def done(self, rung: int, newest: int) -> list[Candidate]:
+        """Of the candidates that are done with a rung and did not fail, among its newest."""
+        numbers = self._done[rung][-newest:] if rung < len(self._done) else []
+        return [self[number] for number in numbers if self[number].is_scored]
