@@ -6,65 +6,62 @@ one, so that knowing frequencies does not help.
 """
 
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from slm.data.packing import PackedCorpus, PackedSplit
+from slm.data.choices import NUM_CHOICES, WORD, hide, sentences, texts
+from slm.data.packing import PackedCorpus
 from slm.data.tokenizer import load_tokenizer
 
-NUM_CHOICES = 4
 # Wrong words occur at most this many times more, or less, often than the right one.
 FREQUENCY_RATIO = 1.5
 # Words rarer than this in the training text have no frequency to speak of.
 MIN_COUNT = 5
 MIN_LETTERS = 3
-MIN_WORDS, MAX_WORDS = 5, 40
-# Of a large corpus, tokens that word frequencies are counted over.
-COUNTED_TOKENS = 8_000_000
-BATCH_DOCUMENTS = 256
-
-SENTENCE = re.compile(r"[^.!?]+[.!?]")
-WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
 class ClozeItem:
     """One sentence with four different words in one place.
 
-    answer: index of the sentence as it was written.
+    answer: index of the sentence as it was written. document: number of the document it is from.
     """
 
     sentences: tuple[str, ...]
     answer: int
+    document: int
 
 
 def build_cloze(corpus: PackedCorpus, num_items: int, seed: int) -> list[ClozeItem]:
     """Make at most `num_items` items from the validation split; a small split has fewer sentences.
 
-    Only lower-case words are asked for, and no sentence that the counted training text has too.
+    Only lower-case words are asked for, and no sentence that was read in the training text too.
     The same arguments give the same items.
     """
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     counts: Counter[str] = Counter()
     known: set[int] = set()
-    for document in _texts(corpus.train, tokenizer, COUNTED_TOKENS):
+    for document in texts(corpus.train, tokenizer):
         counts.update(word for word in WORD.findall(document) if _is_eligible(word))
-        known.update(map(hash, _sentences(document)))
-    validation = _texts(corpus.validation, tokenizer, len(corpus.validation))
-    sentences = dict.fromkeys(
-        sentence for document in validation for sentence in _sentences(document)
-    )
+        known.update(hash(sentence) for _, sentence in sentences(document))
+    # Each sentence, with the number of the document that it first occurs in.
+    documents: dict[str, int] = {}
+    for number, document in enumerate(texts(corpus.validation, tokenizer)):
+        for _, sentence in sentences(document):
+            documents.setdefault(sentence, number)
     rng = random.Random(seed)
-    candidates = [sentence for sentence in sentences if hash(sentence) not in known]
+    candidates = [sentence for sentence in documents if hash(sentence) not in known]
     rng.shuffle(candidates)
     distractors = Distractors(counts)
-    items = (item for sentence in candidates for item in _item(sentence, distractors, rng))
+    items = (
+        item
+        for sentence in candidates
+        for item in _item(sentence, documents[sentence], distractors, rng)
+    )
     return list(islice(items, num_items))
 
 
@@ -92,7 +89,9 @@ class Distractors:
         return others[: NUM_CHOICES - 1]
 
 
-def _item(sentence: str, distractors: Distractors, rng: random.Random) -> Iterator[ClozeItem]:
+def _item(
+    sentence: str, document: int, distractors: Distractors, rng: random.Random
+) -> Iterator[ClozeItem]:
     """Yield an item for one word of the sentence, if any has enough distractors."""
     places = [place for place in WORD.finditer(sentence) if _is_eligible(place[0])]
     rng.shuffle(places)
@@ -100,30 +99,12 @@ def _item(sentence: str, distractors: Distractors, rng: random.Random) -> Iterat
         others = distractors.sample(place[0], rng)
         if len(others) < NUM_CHOICES - 1:
             continue
-        answer = rng.randrange(NUM_CHOICES)
-        words = [*others[:answer], place[0], *others[answer:]]
+        words, answer = hide(place[0], others, rng)
         start, end = place.span()
-        yield ClozeItem(tuple(sentence[:start] + word + sentence[end:] for word in words), answer)
+        choices = tuple(sentence[:start] + word + sentence[end:] for word in words)
+        yield ClozeItem(choices, answer, document)
         return
 
 
 def _is_eligible(word: str) -> bool:
     return word.islower() and len(word) >= MIN_LETTERS
-
-
-def _sentences(document: str) -> Iterator[str]:
-    """Yield the sentences of a document that have a fitting number of words."""
-    for paragraph in re.split(r"\n\s*\n", document):
-        for match in SENTENCE.finditer(paragraph):
-            sentence = match[0].strip()
-            if MIN_WORDS <= len(WORD.findall(sentence)) <= MAX_WORDS:
-                yield sentence
-
-
-def _texts(split: PackedSplit, tokenizer: Tokenizer, max_tokens: int) -> Iterator[str]:
-    """Yield documents evenly spread over a split, about `max_tokens` of them altogether."""
-    stride = max(1, -(-len(split) // max_tokens))
-    chosen = range(0, split.num_documents, stride)
-    for begin in range(0, len(chosen), BATCH_DOCUMENTS):
-        documents: Iterable[int] = chosen[begin : begin + BATCH_DOCUMENTS]
-        yield from tokenizer.decode_batch([split.document(index).tolist() for index in documents])
