@@ -91,24 +91,36 @@ class Search:
         return prepare(self.config.data, self.config.tokenizer, progress=self.progress.say)
 
     @cached_property
-    def table(self) -> LatencyTable:
-        """The latency table of the space, measured the first time."""
+    def tables(self) -> dict[int, LatencyTable]:
+        """The space's latency table by number of meta tokens, measured the first time."""
         from latency.table import LatencyTable
 
-        return LatencyTable.load_or_build(
-            self.space.operators(),
-            self.corpus.vocab_size,
-            self.config.workload,
-            self.device,
-            meta_tokens=self.config.space.meta_tokens,
-            normalize_logits=self.config.space.normalize_logits,
-            cache_dir=self.config.data.cache_dir,
-            protocol=self.config.protocol,
-            progress=self.progress.say,
-        )
+        return {
+            meta_tokens: LatencyTable.load_or_build(
+                self.space.operators(),
+                self.corpus.vocab_size,
+                self.config.workload,
+                self.device,
+                meta_tokens=meta_tokens,
+                normalize_logits=self.config.space.normalize_logits,
+                cache_dir=self.config.data.cache_dir,
+                protocol=self.config.protocol,
+                progress=self.progress.say,
+            )
+            for meta_tokens in self.config.space.meta_tokens
+        }
+
+    @property
+    def table(self) -> LatencyTable:
+        """The table whose machine speed all times of the search are brought to."""
+        return self.tables[self.config.space.meta_tokens[0]]
 
     def _predict_ms(self, architecture: Architecture) -> float:
-        return self.table.predict(architecture).request_ms
+        table = self.tables[architecture.meta_tokens]
+        assert self.table.reference_ms is not None
+        assert table.reference_ms is not None
+        speed = self.table.reference_ms / table.reference_ms
+        return table.predict(architecture).request_ms * speed
 
     def _screen_ms(self, architecture: Architecture) -> float:
         """What decides whether to measure; the reference has been measured already."""
@@ -291,7 +303,11 @@ class Search:
         else:
             width = self.space.available_widths(genotype)[-1]
             narrowest = self.space.realize(genotype, width, self.corpus.vocab_size)
-            claim.reject(f"predicted {self._predict_ms(narrowest):.4g} ms at its narrowest")
+            problems = self.space.size_problems(narrowest)
+            claim.reject(
+                "; ".join(problems)
+                or f"predicted {self._predict_ms(narrowest):.4g} ms at its narrowest"
+            )
         return None, {}
 
     def _measure(self, architecture: Architecture) -> dict[str, float]:
