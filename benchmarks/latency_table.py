@@ -133,7 +133,7 @@ def build(
         VOCAB_SIZE,
         workload,
         device,
-        meta_tokens=space.config.meta_tokens,
+        meta_tokens=space.config.meta_tokens[0],
         cache_dir=folder,
         protocol=protocol,
         progress=console.print,

@@ -1,4 +1,5 @@
-"""The genotype of a hybrid: a few block types, and the order in which their copies follow.
+"""The genotype of a hybrid: a few block types, the order in which their copies follow, and what
+the whole model has one of: its kind of FFN, its meta tokens and, where it is chosen, its width.
 
 Nemotron-Flash (arXiv 2511.18890) repeats one block type per stage. Its released
 models interleave block types instead, so the order is free here: stages, round robin and anything
@@ -7,11 +8,11 @@ between are patterns. Operators are written as in configs: 'attention(head_dim=3
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
+from functools import cache, cached_property
 from typing import Any
 
 Ratio = tuple[int, int]
@@ -44,6 +45,11 @@ class BlockType:
         """Mixers of the block, copies counted."""
         return sum(self.ratio)
 
+    @property
+    def num_operators(self) -> int:
+        """Mixers and FFNs of the block."""
+        return self.num_mixers * (1 + self.ffns_per_mixer)
+
     def operators(self, ffn: str) -> tuple[str, ...]:
         """The block's operators in order."""
         first, second = self.mixers[0], self.mixers[-1]
@@ -53,29 +59,50 @@ class BlockType:
 
 @dataclass(frozen=True)
 class Genotype:
-    """Block types and their order.
+    """Block types and their order, and the factors of the whole model.
 
     blocks: the different block types, in the order in which they first appear.
     pattern: the index of each block's type, first to last.
+    ffn: the one kind of FFN.
+    meta_tokens: learned vectors before every document.
+    width: size of the residual stream; None: it follows from the latency target.
     """
 
     blocks: tuple[BlockType, ...]
     pattern: tuple[int, ...]
+    ffn: str
+    meta_tokens: int = 0
+    width: int | None = None
 
     @classmethod
-    def from_sequence(cls, sequence: Sequence[BlockType]) -> Genotype:
+    def from_sequence(
+        cls,
+        sequence: Sequence[BlockType],
+        ffn: str,
+        meta_tokens: int = 0,
+        width: int | None = None,
+    ) -> Genotype:
         """The genotype whose blocks are `sequence`, first to last."""
         blocks = tuple(dict.fromkeys(sequence))
-        return cls(blocks, tuple(blocks.index(block) for block in sequence))
+        pattern = tuple(blocks.index(block) for block in sequence)
+        return cls(blocks, pattern, ffn, meta_tokens, width)
+
+    def with_sequence(self, sequence: Sequence[BlockType]) -> Genotype:
+        """The genotype with other blocks."""
+        return Genotype.from_sequence(sequence, self.ffn, self.meta_tokens, self.width)
 
     @property
     def sequence(self) -> tuple[BlockType, ...]:
         """The type of every block, first to last."""
         return tuple(self.blocks[index] for index in self.pattern)
 
-    def operators(self, ffn: str) -> tuple[str, ...]:
+    def operators(self) -> tuple[str, ...]:
         """All operators, first to last."""
-        return tuple(op for block in self.sequence for op in block.operators(ffn))
+        return tuple(op for block in self.sequence for op in block.operators(self.ffn))
+
+    def phenotype(self) -> tuple[tuple[str, ...], int, int | None]:
+        """Operators, meta tokens and width: equal for all genotypes of one architecture."""
+        return self.operators(), self.meta_tokens, self.width
 
     def letters(self) -> str:
         """The pattern in letters: 'ABABAA'."""
@@ -91,7 +118,13 @@ class Genotype:
             }
             for block in self.blocks
         ]
-        return {"blocks": blocks, "pattern": self.letters()}
+        return {
+            "blocks": blocks,
+            "pattern": self.letters(),
+            "ffn": self.ffn,
+            "meta_tokens": self.meta_tokens,
+            "width": self.width,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Genotype:
@@ -101,49 +134,101 @@ class Genotype:
             for block in value["blocks"]
         )
         pattern = tuple(string.ascii_uppercase.index(letter) for letter in value["pattern"])
-        return cls(blocks, pattern)
+        return cls(blocks, pattern, value["ffn"], value["meta_tokens"], value["width"])
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which block types and how many of them a genotype may have."""
+    """What each factor of a genotype may be.
 
-    mixers: frozenset[str]
+    ratios: those that there are mixers enough for.
+    widths: (None,) where the width follows from the latency target.
+    """
+
+    mixers: tuple[str, ...]
     ratios: tuple[Ratio, ...]
     ffns_per_mixer: tuple[int, ...]
+    ffns: tuple[str, ...]
+    meta_tokens: tuple[int, ...]
+    widths: tuple[int | None, ...]
     max_block_types: int
     max_blocks: int
+    max_operators: int
 
     def allow(self, genotype: Genotype) -> bool:
         """Whether the genotype follows the rules."""
         return (
             0 < len(genotype.pattern) <= self.max_blocks
             and len(genotype.blocks) <= self.max_block_types
+            and sum(block.num_operators for block in genotype.sequence) <= self.max_operators
             and all(self.allow_block(block) for block in genotype.blocks)
+            and genotype.ffn in self.ffns
+            and genotype.meta_tokens in self.meta_tokens
+            and genotype.width in self.widths
         )
 
     def allow_block(self, block: BlockType) -> bool:
         """Whether the block type follows the rules."""
         return (
-            self.mixers.issuperset(block.mixers)
+            all(mixer in self.mixers for mixer in block.mixers)
             and block.ratio in self.ratios
             and block.ffns_per_mixer in self.ffns_per_mixer
         )
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The factors that there is a choice of."""
+        choices = {
+            "operator": len(self.mixers),
+            "ratio": len(self.ratios),
+            "ffns_per_mixer": len(self.ffns_per_mixer),
+            "count": self.max_blocks,
+            "order": min(self.max_blocks, self.max_block_types),
+            "ffn": len(self.ffns),
+            "meta_tokens": len(self.meta_tokens),
+            "width": len(self.widths),
+        }
+        return tuple(factor for factor, number in choices.items() if number > 1)
 
-def decompose(operators: Sequence[str], ffn: str, rules: Rules) -> Genotype | None:
-    """The one canonical genotype of a sequence of operators; None if the rules allow none.
+    @cached_property
+    def block_types(self) -> tuple[BlockType, ...]:
+        """Every block type that the rules allow."""
+        return tuple(
+            BlockType(mixers, ratio, ffns)
+            for ratio in self.ratios
+            for mixers in itertools.permutations(self.mixers, 1 if ratio == ALONE else 2)
+            for ffns in self.ffns_per_mixer
+        )
 
-    Different genotypes can stand for the same sequence. The canonical one has the fewest block
-    types and, among those, the fewest blocks.
+    def sequences(
+        self, length: int, start: tuple[BlockType, ...] = ()
+    ) -> Iterator[tuple[BlockType, ...]]:
+        """Every sequence of `length` blocks that the rules allow and that begins with `start`."""
+        if len(start) == length:
+            yield start
+            return
+        for block in self.block_types:
+            sequence = (*start, block)
+            if (
+                len(set(sequence)) <= self.max_block_types
+                and sum(block.num_operators for block in sequence) <= self.max_operators
+            ):
+                yield from self.sequences(length, sequence)
+
+
+def decompose(operators: Sequence[str], ffn: str, rules: Rules) -> tuple[BlockType, ...] | None:
+    """The one canonical sequence of blocks that makes up `operators`; None if the rules allow none.
+
+    Different sequences of blocks can stand for the same operators. The canonical one has the fewest
+    block types and, among those, the fewest blocks.
     """
     units = _units(operators, ffn)
-    if units is None:
+    if units is None or len(operators) > rules.max_operators:
         return None
     for max_types in range(1, rules.max_block_types + 1):
         sequence = _fewest_blocks(units, max_types, rules)
         if sequence is not None and len(sequence) <= rules.max_blocks:
-            return Genotype.from_sequence(sequence)
+            return sequence
     return None
 
 
@@ -202,15 +287,15 @@ def _blocks_at(units: tuple[Unit, ...], start: int, rules: Rules) -> Iterator[Bl
                 yield block
 
 
-def short_form(genotype: Genotype, ffn: str, legend: Mapping[str, str]) -> str:
+def short_form(genotype: Genotype, legend: Mapping[str, str]) -> str:
     """The genotype in a few letters: '2×[D F M2 F] [A F]'.
 
     legend: the short name of every operator.
     """
     parts = []
-    for block, copies in groupby(genotype.sequence):
+    for block, copies in itertools.groupby(genotype.sequence):
         count = len(list(copies))
-        names = " ".join(legend[operator] for operator in block.operators(ffn))
+        names = " ".join(legend[operator] for operator in block.operators(genotype.ffn))
         parts.append(f"{count}×[{names}]" if count > 1 else f"[{names}]")
     return " ".join(parts)
 

@@ -261,15 +261,16 @@ class ProxyTraining:
         return [self._order(epoch)[place] for epoch, place in epochs]
 
     def _order(self, epoch: int) -> list[int]:
-        """The rows in the order of an epoch."""
+        """The rows in the order of an epoch: each draws on where the one before has ended."""
         import torch
 
         if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(self._seed + 2**32 * epoch)
-            order = torch.randperm(len(self._dataset), generator=generator).tolist()
-            # A batch reads from two epochs at most, one after the other.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order
+            generator = torch.Generator().manual_seed(self._seed)
+            for each in range(epoch + 1):
+                order = torch.randperm(len(self._dataset), generator=generator).tolist()
+                # A batch reads from two epochs at most, one after the other.
+                self._orders = {k: v for k, v in self._orders.items() if k == each - 1}
+                self._orders[each] = order
         return self._orders[epoch]
 
 

@@ -32,7 +32,7 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
         "parent": proposal.parent,
         "factor": proposal.factor,
         "genotype": proposal.genotype.to_json(),
-        "operators": list(proposal.genotype.operators(space.ffn)),
+        "operators": list(proposal.genotype.operators()),
         "short": space.short_form(proposal.genotype),
         **dict.fromkeys(("width", "architecture", "digest", "parameters", "flops_per_token")),
         "depth": len(proposal.genotype.pattern),
@@ -194,7 +194,6 @@ def model_yaml(row: Row, run_folder: Path, plugins: Sequence[str]) -> str:
     """A Hydra config of the group `model` for a candidate."""
     architecture = Architecture.parse(row["architecture"])
     genotype = Genotype.from_json(row["genotype"])
-    ffn = next((str(op) for op in architecture.operators if op.name == "ffn"), "ffn")
     lines = [
         f"# {training_command(run_folder, row['digest'], plugins)}",
         f"# Candidate {row['number']}: loss {row['loss']:.4f} after {row['tokens']:,} tokens, "
@@ -206,7 +205,7 @@ def model_yaml(row: Row, run_folder: Path, plugins: Sequence[str]) -> str:
     ]
     for letter, block in zip("ABCDEFGH", genotype.blocks, strict=False):
         lines += [f"  {letter}:", "    operators:"]
-        lines += [f"      - {operator}" for operator in block.operators(ffn)]
+        lines += [f"      - {operator}" for operator in block.operators(genotype.ffn)]
     lines += [
         f"meta_tokens: {architecture.meta_tokens}",
         f"tie_embeddings: {str(architecture.tie_embeddings).lower()}",

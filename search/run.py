@@ -59,6 +59,8 @@ class Search:
                 self._evaluate_candidates()
                 self._question_frontier()
                 status = "running" if self.study.num_running else "finished"
+                if status == "finished":
+                    self.searcher.remove_leftovers()
             except KeyboardInterrupt:
                 self.progress.say("interrupted; the same command goes on from here")
                 raise

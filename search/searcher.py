@@ -86,21 +86,29 @@ class Searcher:
         return prepare(self.config.data, self.config.tokenizer, progress=self.say)
 
     @cached_property
-    def table(self) -> LatencyTable:
-        """The latency table of the space, measured the first time."""
+    def tables(self) -> dict[int, LatencyTable]:
+        """The space's latency table by number of meta tokens, measured the first time."""
         from latency.table import LatencyTable
 
-        return LatencyTable.load_or_build(
-            self.space.operators(),
-            self.corpus.vocab_size,
-            self.config.workload,
-            self.device,
-            meta_tokens=self.config.space.meta_tokens,
-            normalize_logits=self.config.space.normalize_logits,
-            cache_dir=self.config.data.cache_dir,
-            protocol=self.config.protocol,
-            progress=self.say,
-        )
+        return {
+            meta_tokens: LatencyTable.load_or_build(
+                self.space.operators(),
+                self.corpus.vocab_size,
+                self.config.workload,
+                self.device,
+                meta_tokens=meta_tokens,
+                normalize_logits=self.config.space.normalize_logits,
+                cache_dir=self.config.data.cache_dir,
+                protocol=self.config.protocol,
+                progress=self.say,
+            )
+            for meta_tokens in self.config.space.meta_tokens
+        }
+
+    @property
+    def table(self) -> LatencyTable:
+        """The table whose machine speed all times of the search are brought to."""
+        return self.tables[self.config.space.meta_tokens[0]]
 
     @cached_property
     def worker(self) -> Worker:
@@ -179,6 +187,13 @@ class Searcher:
             self.study.refresh()
             on_done(claim.proposal.number)
 
+    def remove_leftovers(self) -> None:
+        """Remove the checkpoints of claims that were lost; nobody may be at work any more."""
+        known = {record.result.get("checkpoint") for record in self.study.records}
+        for path in self.candidates_folder.glob("*.safetensors"):
+            if path.name not in known:
+                path.unlink(missing_ok=True)
+
     def run_job(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Have the worker process do something. Raises JobError."""
         return self.worker.run(
@@ -227,8 +242,9 @@ class Searcher:
         ):
             raise ConfigError(
                 [
-                    f"target_ms: {self.target_ms:.4g} is out of reach, the last {len(recent)} "
-                    f"proposals missed it at every width; the last one: {recent[-1].error}"
+                    f"target_ms: {self.target_ms:.4g} is out of reach, or the space's constraints "
+                    f"are: the last {len(recent)} proposals met neither at any width; the last "
+                    f"one: {recent[-1].error}"
                 ]
             )
 
@@ -251,11 +267,8 @@ class Searcher:
             return
         values = [float(result[name]) for name in self.config.evolution.objectives]
         claim.complete(values, result, result["latency_ms"] - self.target_ms)
-        # A lower rung's, and those of claims of this one that were lost.
         if start is not None:
             (self.candidates_folder / start).unlink(missing_ok=True)
-        if self.study.records[number].attempts > 1:
-            self._remove_checkpoints(number, keep=result["checkpoint"])
 
     def _fit(self, claim: Claim) -> tuple[Architecture | None, dict[str, Any]]:
         """The widest realization that meets the target, and what is known of it; None if none does.
@@ -285,12 +298,20 @@ class Searcher:
         else:
             width = self.space.available_widths(genotype)[-1]
             narrowest = self.space.realize(genotype, width, self.corpus.vocab_size)
-            predicted_ms = self._predict_ms(narrowest)
-            claim.reject(f"predicted {predicted_ms:.4g} ms at its narrowest", result)
+            problems = self.space.size_problems(narrowest)
+            claim.reject(
+                "; ".join(problems)
+                or f"predicted {self._predict_ms(narrowest):.4g} ms at its narrowest",
+                result,
+            )
         return None, result
 
     def _predict_ms(self, architecture: Architecture) -> float:
-        return self.table.predict(architecture).request_ms
+        table = self.tables[architecture.meta_tokens]
+        assert self.table.reference_ms is not None
+        assert table.reference_ms is not None
+        speed = self.table.reference_ms / table.reference_ms
+        return table.predict(architecture).request_ms * speed
 
     def _screen_ms(self, architecture: Architecture) -> float:
         """What decides whether to measure; the reference has been measured already."""
@@ -336,9 +357,3 @@ class Searcher:
             on_wait=claim.beat,
         )
         return trained
-
-    def _remove_checkpoints(self, number: int, keep: str) -> None:
-        """Remove a candidate's other checkpoints."""
-        for path in self.candidates_folder.glob(f"{number}-*.safetensors"):
-            if path.name != keep:
-                path.unlink(missing_ok=True)

@@ -2,17 +2,19 @@
 
 Follows Nemotron-Flash (arXiv 2511.18890): up to three block types of at most two
 mixers, their ratio, the FFNs after each mixer, how many blocks; the width follows from the latency
-target. The order of the blocks is free.
+target. Beyond it the order of the blocks is free, and the kind of FFN, the meta tokens and the
+width can be factors.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Literal, TypeVar
 
+from search.constraints import ConstraintsConfig
 from search.genotype import (
     ALONE,
     BlockType,
@@ -22,12 +24,17 @@ from search.genotype import (
     parse_ratio,
     short_form,
 )
+from search.space_size import size_bounds
+from search.variation import Choose, Mutation, change_factor, cross, every
 from slm.architecture import Architecture
 from slm.config import ConfigError, schema
 from slm.model_config import BlockConfig
 from slm.operators import OperatorConfig, parse_operator
 
-MUTATION_ATTEMPTS = 200
+T = TypeVar("T")
+SAMPLE_ATTEMPTS = 10_000
+# Of a random mutation or crossover, before all of them are gone through.
+VARIATION_ATTEMPTS = 200
 
 
 @schema
@@ -35,11 +42,15 @@ class SeedConfig:
     """A genotype to start from, written as in a model config.
 
     blocks: the kinds of block, each under a letter; pattern: their order, repeated up to `depth`.
+    meta_tokens: None: the first of the space's.
+    width: where it is a factor; None: that of the reference.
     """
 
     blocks: dict[str, BlockConfig]
     depth: int
     pattern: str = "A"
+    meta_tokens: int | None = None
+    width: int | None = None
 
     def operators(self) -> tuple[str, ...]:
         """The whole sequence of operators, as canonical text."""
@@ -59,17 +70,22 @@ class ReferenceConfig:
 class SpaceConfig:
     """What a search chooses from.
 
-    mixers, ffn: the operators there are, each 'name' or 'name(field=value,…)'.
+    mixers: the mixers there are, each 'name' or 'name(field=value,…)'. Heads, state sizes and
+        windows are chosen among several spellings of one.
+    ffns: the kinds of FFN; a model has one of them.
     ratios: copies of a block's first and second mixer; '0:1' is a block of one mixer.
     ffns_per_mixer: how many FFNs may follow each mixer of a block.
     max_operators, max_blocks: limits of the whole model.
-    widths: sizes of the residual stream; the widest that meets the latency target is taken.
+    widths: sizes of the residual stream. width: 'widest', the widest that meets the latency target
+        is taken; 'free', it is a factor, depth against width.
+    meta_tokens: how many a model may have.
     seeds: the first candidates, by name. reference: one of them, at a width.
+    constraints: what candidates must be besides fast enough.
     The rest is as in `Architecture`, the same for all candidates.
     """
 
     mixers: tuple[str, ...]
-    ffn: str
+    ffns: tuple[str, ...]
     ratios: tuple[str, ...]
     ffns_per_mixer: tuple[int, ...]
     max_block_types: int
@@ -78,14 +94,16 @@ class SpaceConfig:
     widths: tuple[int, ...]
     seeds: dict[str, SeedConfig]
     reference: ReferenceConfig
-    meta_tokens: int = 0
+    width: Literal["widest", "free"] = "widest"
+    meta_tokens: tuple[int, ...] = (0,)
+    constraints: ConstraintsConfig = ConstraintsConfig()
     tie_embeddings: bool = True
     normalize_logits: bool = False
 
     def __post_init__(self) -> None:
         problems = self._problems_of_limits() + self._problems_of_operators()
         if not problems:
-            problems = self._problems_of_seeds()
+            problems = self._problems_of_constraints() or self._problems_of_seeds()
         if problems:
             raise ConfigError(problems)
 
@@ -95,15 +113,20 @@ class SpaceConfig:
             for name in ("max_block_types", "max_blocks", "max_operators")
             if getattr(self, name) < 1
         ]
-        for name in ("mixers", "ratios", "ffns_per_mixer", "widths", "seeds"):
-            if not getattr(self, name):
+        if not self.seeds:
+            found.append("seeds: must not be empty")
+        for name in ("mixers", "ffns", "ratios", "ffns_per_mixer", "widths", "meta_tokens"):
+            values = getattr(self, name)
+            if not values:
                 found.append(f"{name}: must not be empty")
-        found += [f"widths: must be >= 1, got {width}" for width in self.widths if width < 1]
-        found += [
-            f"ffns_per_mixer: must be >= 0, got {count}"
-            for count in self.ffns_per_mixer
-            if count < 0
-        ]
+            if len(set(values)) < len(values):
+                found.append(f"{name}: each must be given once, got {list(values)}")
+        for name, least in (("widths", 1), ("ffns_per_mixer", 0), ("meta_tokens", 0)):
+            found += [
+                f"{name}: must be >= {least}, got {value}"
+                for value in getattr(self, name)
+                if value < least
+            ]
         for ratio in self.ratios:
             try:
                 parse_ratio(ratio)
@@ -113,46 +136,55 @@ class SpaceConfig:
 
     def _problems_of_operators(self) -> list[str]:
         found = []
-        for name, text in [("mixers", mixer) for mixer in self.mixers] + [("ffn", self.ffn)]:
+        known: dict[OperatorConfig, str] = {}
+        for name, text in [("mixers", t) for t in self.mixers] + [("ffns", t) for t in self.ffns]:
             try:
                 operator = parse_operator(text)
             except ValueError as error:
                 found.append(f"{name}: {error}")
                 continue
+            if known.setdefault(operator, name) != name:
+                found.append(f"{name}: {text} is among {known[operator]}")
             if all(operator.problems(width) for width in self.widths):
                 found.append(f"{name}: no width of {list(self.widths)} can take {text}")
         return found
 
+    def _problems_of_constraints(self) -> list[str]:
+        mixers, ffns = map(parse_operator, self.mixers), map(parse_operator, self.ffns)
+        found = self.constraints.problems(list(mixers), list(ffns), self.max_operators)
+        return [f"constraints.{problem}" for problem in found]
+
     def _problems_of_seeds(self) -> list[str]:
+        space, reference = SearchSpace(self), self.reference
+        if reference.seed not in self.seeds:
+            known = ", ".join(self.seeds)
+            return [f"reference.seed: {reference.seed!r} is not among seeds ({known})"]
+        if reference.width not in self.widths:
+            widths = list(self.widths)
+            return [f"reference.width: must be one of {widths}, got {reference.width}"]
         found = []
-        space = SearchSpace(self)
         for name, seed in self.seeds.items():
-            unknown = sorted(set(seed.pattern) - set(seed.blocks))
-            if unknown or not seed.pattern or seed.depth < 1:
+            if not seed.pattern or set(seed.pattern) - set(seed.blocks) or seed.depth < 1:
                 found.append(
                     f"seeds.{name}: pattern {seed.pattern!r}, depth {seed.depth}: no model"
                 )
-            elif space.decompose(seed.operators()) is None:
-                found.append(f"seeds.{name}: is not in the space: {' '.join(seed.operators())}")
-        if self.reference.seed not in self.seeds:
-            known = ", ".join(self.seeds)
-            found.append(f"reference.seed: {self.reference.seed!r} is not among seeds ({known})")
-        elif not found:
-            genotype = space.seed(self.reference.seed)
-            if self.reference.width not in space.available_widths(genotype):
-                found.append(
-                    f"reference.width: must be one of {space.available_widths(genotype)}, "
-                    f"got {self.reference.width}"
-                )
+            elif self.width == "widest" and seed.width is not None:
+                found.append(f"seeds.{name}.width: must be null, it is no factor, got {seed.width}")
+            elif space.find_seed(name) is None:
+                found.append(f"seeds.{name}: is not in the space: {self._why_not(seed, space)}")
+        if not found:
+            widths = space.common_widths(space.seed(reference.seed).operators())
+            if reference.width not in widths:
+                found.append(f"reference.width: must be one of {widths}, got {reference.width}")
         return found
 
-
-@dataclass(frozen=True)
-class Mutation:
-    """A genotype made from another by changing one factor of it."""
-
-    factor: str
-    genotype: Genotype
+    @staticmethod
+    def _why_not(seed: SeedConfig, space: SearchSpace) -> str:
+        """The constraints that a seed misses, else what it is."""
+        problems = [f"constraints.{text}" for text in space.structure.problems(seed.operators())]
+        factors = {"meta_tokens": seed.meta_tokens, "width": seed.width}
+        given = [f"{name}={value}" for name, value in factors.items() if value is not None]
+        return "; ".join(problems) or " ".join([*given, *seed.operators()])
 
 
 class SearchSpace:
@@ -160,71 +192,100 @@ class SearchSpace:
 
     def __init__(self, config: SpaceConfig) -> None:
         self.config = config
-        self.mixers = tuple(str(parse_operator(mixer)) for mixer in config.mixers)
-        self.ffn = str(parse_operator(config.ffn))
+        mixers = config.constraints.allowed([parse_operator(text) for text in config.mixers])
+        ffns = config.constraints.allowed([parse_operator(text) for text in config.ffns])
+        self.structure = config.constraints.structure([*mixers, *ffns])
+        ratios = sorted(parse_ratio(ratio) for ratio in config.ratios)
         self.rules = Rules(
-            mixers=frozenset(self.mixers),
-            ratios=tuple(sorted(parse_ratio(ratio) for ratio in config.ratios)),
+            mixers=tuple(map(str, mixers)),
+            ratios=tuple(ratio for ratio in ratios if ratio == ALONE or len(mixers) > 1),
             ffns_per_mixer=config.ffns_per_mixer,
+            ffns=tuple(map(str, ffns)),
+            meta_tokens=config.meta_tokens,
+            widths=config.widths if config.width == "free" else (None,),
             max_block_types=config.max_block_types,
             max_blocks=config.max_blocks,
+            max_operators=config.max_operators,
         )
+        self._widths_of = {
+            str(operator): {width for width in config.widths if not operator.problems(width)}
+            for operator in (*mixers, *ffns)
+        }
 
     # Membership
 
-    def decompose(self, operators: tuple[str, ...]) -> Genotype | None:
-        """The canonical genotype of a sequence of operators; None outside the space."""
-        if len(operators) > self.config.max_operators:
+    def decompose(
+        self,
+        operators: tuple[str, ...],
+        meta_tokens: int | None = None,
+        width: int | None = None,
+    ) -> Genotype | None:
+        """The canonical genotype of a sequence of operators; None outside the space.
+
+        meta_tokens: None: the first of the space's. width: None unless it is a factor.
+        """
+        kinds = [ffn for ffn in self.rules.ffns if ffn in operators]
+        # The kind of FFN of a model without any is the first: one architecture, one genotype.
+        ffn = kinds[0] if kinds else self.rules.ffns[0]
+        sequence = decompose(operators, ffn, self.rules) if len(kinds) <= 1 else None
+        if sequence is None:
             return None
-        genotype = decompose(operators, self.ffn, self.rules)
-        return genotype if genotype is not None and self.available_widths(genotype) else None
+        if meta_tokens is None:
+            meta_tokens = self.rules.meta_tokens[0]
+        genotype = Genotype.from_sequence(sequence, ffn, meta_tokens, width)
+        return genotype if self.allows(genotype) else None
 
     def canonical(self, genotype: Genotype) -> Genotype:
         """The one genotype that stands for all those of the same architecture."""
-        canonical = self.decompose(genotype.operators(self.ffn))
+        canonical = self.decompose(*genotype.phenotype())
         assert canonical is not None, f"{genotype} is outside the space"
         return canonical
 
     def allows(self, genotype: Genotype) -> bool:
-        """Whether the genotype is in the space."""
+        """Whether the genotype is in the space and meets the constraints on its operators."""
         return (
             self.rules.allow(genotype)
-            and len(genotype.operators(self.ffn)) <= self.config.max_operators
+            and not self.structure.problems(genotype.operators())
             and bool(self.available_widths(genotype))
         )
 
     def contains(self, architecture: Architecture) -> bool:
-        """Whether the architecture, whatever its vocabulary, is in the space."""
+        """Whether the architecture, whatever its vocabulary and size, is in the space."""
         config = self.config
+        operators = tuple(map(str, architecture.operators))
+        width = architecture.width if config.width == "free" else None
         return (
-            architecture.width in config.widths
-            and architecture.meta_tokens == config.meta_tokens
+            architecture.width in self.common_widths(operators)
             and architecture.tie_embeddings == config.tie_embeddings
             and architecture.normalize_logits == config.normalize_logits
-            and self.decompose(tuple(map(str, architecture.operators))) is not None
+            and self.decompose(operators, architecture.meta_tokens, width) is not None
         )
+
+    def size_problems(self, architecture: Architecture) -> list[str]:
+        """Which constraints on its size an architecture misses; empty when it meets them."""
+        return self.config.constraints.size_problems(architecture)
 
     def genotypes(self) -> Iterator[Genotype]:
         """Every genotype once, those of few blocks first; of a large space there is no end."""
-        types = [
-            BlockType(mixers, ratio, ffns)
-            for ratio in self._ratios
-            for mixers in itertools.permutations(self.mixers, 1 if ratio == ALONE else 2)
-            for ffns in self.config.ffns_per_mixer
-        ]
-        seen: set[tuple[str, ...]] = set()
-        for length in range(1, self.config.max_blocks + 1):
-            for sequence in itertools.product(types, repeat=length):
-                genotype = Genotype.from_sequence(sequence)
-                operators = genotype.operators(self.ffn)
-                if operators not in seen and self.allows(genotype):
-                    seen.add(operators)
-                    yield self.canonical(genotype)
+        rules = self.rules
+        for length in range(1, rules.max_blocks + 1):
+            for sequence in rules.sequences(length):
+                for factors in itertools.product(rules.ffns, rules.meta_tokens, rules.widths):
+                    genotype = Genotype.from_sequence(sequence, *factors)
+                    if self.allows(genotype) and self.canonical(genotype) == genotype:
+                        yield genotype
 
     def size(self, limit: int) -> int | None:
         """How many genotypes there are; None if they are more than `limit`."""
+        low, high = self.size_bounds()
+        if low == high or low > limit:
+            return low if low <= limit else None
         count = sum(1 for _ in itertools.islice(self.genotypes(), limit + 1))
         return count if count <= limit else None
+
+    def size_bounds(self) -> tuple[int, int]:
+        """Numbers between which the number of genotypes lies, both included."""
+        return size_bounds(self.rules, self.structure, self._widths_of)
 
     # From genotype to architecture
 
@@ -233,19 +294,24 @@ class SearchSpace:
         return Architecture(
             width=width,
             vocab_size=vocab_size,
-            operators=tuple(parse_operator(text) for text in genotype.operators(self.ffn)),
-            meta_tokens=self.config.meta_tokens,
+            operators=tuple(parse_operator(text) for text in genotype.operators()),
+            meta_tokens=genotype.meta_tokens,
             tie_embeddings=self.config.tie_embeddings,
             normalize_logits=self.config.normalize_logits,
         )
 
     def available_widths(self, genotype: Genotype) -> list[int]:
-        """The space's widths that all the genotype's operators can take, widest first."""
-        operators = set(genotype.operators(self.ffn))
+        """The widths at which the genotype is in the space, widest first."""
+        widths = self.common_widths(genotype.operators())
+        return [width for width in widths if genotype.width in (None, width)]
+
+    def common_widths(self, operators: tuple[str, ...]) -> list[int]:
+        """The space's widths that all of its operators can take, widest first."""
+        distinct = set(operators)
         return [
             width
-            for width in sorted(set(self.config.widths), reverse=True)
-            if all(width in self._widths_of[operator] for operator in operators)
+            for width in sorted(self.config.widths, reverse=True)
+            if all(width in self._widths_of.get(operator, ()) for operator in distinct)
         ]
 
     def fitting(
@@ -255,14 +321,17 @@ class SearchSpace:
         predict_ms: Callable[[Architecture], float],
         target_ms: float,
     ) -> list[Architecture]:
-        """Realizations whose predicted latency is at most `target_ms`, widest first.
+        """Realizations that keep the limits of size and `target_ms`, as predicted, widest first.
 
         The widest that meets the target is the candidate: losses are compared at equal latency.
         """
+        architectures = (
+            self.realize(genotype, width, vocab_size) for width in self.available_widths(genotype)
+        )
         return [
             architecture
-            for width in self.available_widths(genotype)
-            if predict_ms(architecture := self.realize(genotype, width, vocab_size)) <= target_ms
+            for architecture in architectures
+            if not self.size_problems(architecture) and predict_ms(architecture) <= target_ms
         ]
 
     def operators(self) -> list[tuple[OperatorConfig, int]]:
@@ -273,20 +342,19 @@ class SearchSpace:
             for width in sorted(widths)
         ]
 
-    @cached_property
-    def _widths_of(self) -> dict[str, set[int]]:
-        return {
-            text: {w for w in self.config.widths if not parse_operator(text).problems(w)}
-            for text in (*self.mixers, self.ffn)
-        }
-
     # Starts
 
     def seed(self, name: str) -> Genotype:
         """The named start."""
-        genotype = self.decompose(self.config.seeds[name].operators())
+        genotype = self.find_seed(name)
         assert genotype is not None, f"seed {name} is outside the space"
         return genotype
+
+    def find_seed(self, name: str) -> Genotype | None:
+        """The named start; None outside the space."""
+        seed = self.config.seeds[name]
+        width = seed.width or self.config.reference.width if self.config.width == "free" else None
+        return self.decompose(seed.operators(), seed.meta_tokens, width)
 
     def reference(self, vocab_size: int) -> Architecture:
         """The architecture that is the yardstick for latency."""
@@ -294,84 +362,99 @@ class SearchSpace:
         return self.realize(self.seed(reference.seed), reference.width, vocab_size)
 
     def sample(self, rng: random.Random) -> Genotype:
-        """A random genotype: block types, then how long, then the order."""
-        while True:
-            types = [self._sample_block(rng) for _ in range(rng.randint(1, self._max_types))]
-            length = rng.randint(self.config.max_operators // 2, self.config.max_operators)
-            sequence: list[BlockType] = []
-            while len(sequence) < self.config.max_blocks:
-                block = rng.choice(types)
-                length -= len(block.operators(self.ffn))
-                if length < 0:
-                    break
-                sequence.append(block)
-            genotype = Genotype.from_sequence(sequence)
+        """A random genotype: block types, then how long, then the order.
+
+        Raises ConfigError if many are drawn and none is in the space.
+        """
+        for _ in range(SAMPLE_ATTEMPTS):
+            genotype = self._draw(rng)
             if self.allows(genotype):
                 return self.canonical(genotype)
+        raise ConfigError(
+            [
+                f"space: none of {SAMPLE_ATTEMPTS} random models keeps to its limits and to the "
+                f"constraints ({str(self.config.constraints) or 'none are set'})"
+            ]
+        )
 
-    def _sample_block(self, rng: random.Random) -> BlockType:
-        ratio = rng.choice(self._ratios)
-        mixers = tuple(rng.sample(self.mixers, 1 if ratio == ALONE else 2))
-        return BlockType(mixers, ratio, rng.choice(self.config.ffns_per_mixer))
+    def _draw(self, rng: random.Random) -> Genotype:
+        """A random genotype that may miss the constraints."""
+        rules = self.rules
+        max_types = min(rules.max_block_types, rules.max_blocks)
+        types = [self._draw_block(rng) for _ in range(rng.randint(1, max_types))]
+        length = rng.randint(rules.max_operators // 2, rules.max_operators)
+        sequence: list[BlockType] = []
+        while len(sequence) < rules.max_blocks:
+            block = rng.choice(types)
+            length -= block.num_operators
+            if length < 0:
+                break
+            sequence.append(block)
+        return Genotype.from_sequence(
+            sequence,
+            ffn=_pick(rules.ffns, rng),
+            meta_tokens=_pick(rules.meta_tokens, rng),
+            width=_pick(rules.widths, rng),
+        )
 
-    @property
-    def _max_types(self) -> int:
-        return min(self.config.max_block_types, self.config.max_blocks)
+    def _draw_block(self, rng: random.Random) -> BlockType:
+        ratio = rng.choice(self.rules.ratios)
+        mixers = tuple(rng.sample(self.rules.mixers, 1 if ratio == ALONE else 2))
+        return BlockType(mixers, ratio, rng.choice(self.rules.ffns_per_mixer))
 
-    @property
-    def _ratios(self) -> list[tuple[int, int]]:
-        """Ratios that the mixers suffice for."""
-        return [ratio for ratio in self.rules.ratios if ratio == ALONE or len(self.mixers) > 1]
-
-    # Mutation
+    # Variation
 
     def mutate(self, genotype: Genotype, rng: random.Random) -> Mutation | None:
-        """Change one factor of a genotype; None if nothing can change.
+        """Change one factor of a genotype, see `change_factor`; None if nothing can change.
 
-        The factors are Nemotron-Flash's (a mixer of a block type, its ratio, its FFNs per mixer,
-        how many blocks) and the order of the blocks. A change of a block type concerns all its
-        copies or a run of them, which then is a type of its own. The result is not canonical yet.
+        The result is another architecture of the space; it is not canonical yet.
         """
-        changes = {
-            "operator": self._change_operator,
-            "ratio": self._change_ratio,
-            "ffns_per_mixer": self._change_ffns,
-        }
-        for _ in range(MUTATION_ATTEMPTS):
-            factor = rng.choice([*changes, "count", "order"])
-            if factor in changes:
-                sequence = _change_type(genotype, changes[factor], rng)
-            else:
-                sequence = (_change_count if factor == "count" else _swap)(genotype, rng)
-            child = Genotype.from_sequence(sequence)
-            if child.sequence != genotype.sequence and self.allows(child):
-                return Mutation(factor, child)
-        return None
+        if not self.rules.factors:
+            return None
+        return self._vary(
+            partial(change_factor, genotype, self.rules),
+            lambda child: self._is_new(child.genotype, genotype),
+            rng,
+        )
 
-    def _change_operator(self, block: BlockType, rng: random.Random) -> BlockType:
-        others = [mixer for mixer in self.mixers if mixer not in block.mixers]
-        if not others:
-            return block
-        mixers = list(block.mixers)
-        mixers[rng.randrange(len(mixers))] = rng.choice(others)
-        return replace(block, mixers=tuple(mixers))
+    def crossover(self, first: Genotype, second: Genotype, rng: random.Random) -> Genotype | None:
+        """Blocks and factors of two parents, see `cross`; canonical.
 
-    def _change_ratio(self, block: BlockType, rng: random.Random) -> BlockType:
-        others = [ratio for ratio in self._ratios if ratio != block.ratio]
-        if not others:
-            return block
-        ratio = rng.choice(others)
-        mixers = list(block.mixers)
-        if ratio == ALONE:
-            mixers = [rng.choice(mixers)]
-        elif len(mixers) == 1:
-            partners = [mixer for mixer in self.mixers if mixer not in mixers]
-            mixers.insert(rng.randrange(2), rng.choice(partners))
-        return replace(block, mixers=tuple(mixers), ratio=ratio)
+        None if all their children are one of them, or outside the space.
+        """
+        child = self._vary(
+            partial(cross, first, second),
+            lambda child: self._is_new(child, first, second),
+            rng,
+        )
+        return child and self.canonical(child)
 
-    def _change_ffns(self, block: BlockType, rng: random.Random) -> BlockType:
-        others = [count for count in self.config.ffns_per_mixer if count != block.ffns_per_mixer]
-        return replace(block, ffns_per_mixer=rng.choice(others)) if others else block
+    def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
+        """Every genotype that is one mutation away: canonical, once, in the same order always."""
+        if not self.rules.factors:
+            return
+        seen = {genotype.phenotype()}
+        for child in every(partial(change_factor, genotype, self.rules)):
+            phenotype = child.genotype.phenotype()
+            if phenotype not in seen and self.allows(child.genotype):
+                seen.add(phenotype)
+                yield self.canonical(child.genotype)
+
+    def _is_new(self, child: Genotype, *parents: Genotype) -> bool:
+        """Whether the child is in the space, and another architecture than its parents."""
+        known = [parent.phenotype() for parent in parents]
+        return self.allows(child) and child.phenotype() not in known
+
+    @staticmethod
+    def _vary(
+        draw: Callable[[Choose], T], accepts: Callable[[T], bool], rng: random.Random
+    ) -> T | None:
+        """A random outcome of `draw` that is accepted; None if there is none."""
+        for _ in range(VARIATION_ATTEMPTS):
+            if accepts(outcome := draw(rng.choice)):
+                return outcome
+        outcomes = list(filter(accepts, every(draw)))
+        return rng.choice(outcomes) if outcomes else None
 
     # For people
 
@@ -379,7 +462,7 @@ class SearchSpace:
     def legend(self) -> dict[str, str]:
         """The short name of every operator."""
         legend: dict[str, str] = {}
-        for text in (*self.mixers, self.ffn):
+        for text in (*self.rules.mixers, *self.rules.ffns):
             operator = parse_operator(text)
             name = operator.short_name or operator.name
             if getattr(operator, "window", None) is not None:
@@ -389,41 +472,16 @@ class SearchSpace:
         return legend
 
     def short_form(self, genotype: Genotype) -> str:
-        """The genotype in a few letters: '2×[D F M2 F] [A F]'."""
-        return short_form(genotype, self.ffn, self.legend)
+        """The genotype in a few letters, '2×[D F M2 F] [A F]', and what else is a factor."""
+        blocks = short_form(genotype, self.legend)
+        chosen = [
+            f"{letter}={getattr(genotype, factor)}"
+            for factor, letter in (("meta_tokens", "m"), ("width", "w"))
+            if factor in self.rules.factors
+        ]
+        return " ".join([blocks, *chosen])
 
 
-def _change_type(
-    genotype: Genotype,
-    change: Callable[[BlockType, random.Random], BlockType],
-    rng: random.Random,
-) -> list[BlockType]:
-    """Change all copies of a block type, or a run of them."""
-    sequence = list(genotype.sequence)
-    block = rng.choice(genotype.blocks)
-    places = [place for place, other in enumerate(sequence) if other == block]
-    if rng.random() < 0.5:
-        start = rng.randrange(len(places))
-        places = places[start : rng.randint(start + 1, len(places))]
-    changed = change(block, rng)
-    for place in places:
-        sequence[place] = changed
-    return sequence
-
-
-def _change_count(genotype: Genotype, rng: random.Random) -> list[BlockType]:
-    """Add a copy of a block type somewhere, or remove a block."""
-    sequence = list(genotype.sequence)
-    if rng.random() < 0.5:
-        sequence.insert(rng.randint(0, len(sequence)), rng.choice(genotype.blocks))
-    else:
-        del sequence[rng.randrange(len(sequence))]
-    return sequence
-
-
-def _swap(genotype: Genotype, rng: random.Random) -> list[BlockType]:
-    """Exchange two blocks."""
-    sequence = list(genotype.sequence)
-    first, second = rng.randrange(len(sequence)), rng.randrange(len(sequence))
-    sequence[first], sequence[second] = sequence[second], sequence[first]
-    return sequence
+def _pick(values: Sequence[T], rng: random.Random) -> T:
+    """A random value; nothing is drawn where there is no choice."""
+    return rng.choice(values) if len(values) > 1 else values[0]

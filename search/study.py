@@ -180,7 +180,7 @@ class Study:
         self._study = study
         self._storage = study._storage
         self._space = space
-        most = space.config.max_operators
+        most = max(space.config.max_operators, *space.config.meta_tokens)
         self._distribution = optuna.distributions.IntDistribution(0, most)
         # Of each candidate the trials that were not dropped, all by number.
         self._trials: dict[int, dict[int, FrozenTrial]] = {}
@@ -343,9 +343,10 @@ class Study:
 
     def _parameters(self, genotype: Genotype) -> dict[str, int]:
         """What a genotype is made of, in numbers that Optuna's dashboard can plot."""
-        counts = Counter(genotype.operators(self._space.ffn))
+        counts = Counter(genotype.operators())
         return {
             "blocks": len(genotype.pattern),
+            "meta_tokens": genotype.meta_tokens,
             **{short: counts[text] for text, short in self._space.legend.items()},
         }
 

@@ -95,7 +95,8 @@ def test_seeds_come_first_then_random_then_children_of_scored_parents():
     feasible = [c for c in history[:first_child] if c.state != "infeasible"]
     assert len(feasible) == CONFIG.initial_candidates
     for proposal in proposals[first_child:]:
-        assert proposal.parent in [c.number for c in living(History(history[: proposal.number]), 5, 40)]
+        population = living(History(history[: proposal.number]), 5, 40)
+        assert proposal.parent in [c.number for c in population]
         assert proposal.factor
 
 
@@ -252,9 +253,7 @@ def test_a_history_that_grew_is_the_same_as_one_that_is_read_anew(seed):
     for candidates, step in search(seed):
         for candidate in candidates:
             grown.put(candidate)
-        again = next_step(
-            SPACE, PARETO, seed, TARGET_MS, grown, num_rungs=3, num_candidates=30
-        )
+        again = next_step(SPACE, PARETO, seed, TARGET_MS, grown, num_rungs=3, num_candidates=30)
         assert again == step
 
 

@@ -49,7 +49,8 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     scored = [record(0, 5.0, 9.0), record(1, 5.5, 6.0), record(2, 4.5, 12.0), record(3, 6.0, 8.0)]
-    lost = record(4, 0, 0) | {"state": "failed", "loss": None, "error": "worker <died>", "latency_ms": None}
+    nothing = {"loss": None, "latency_ms": None}
+    lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", **nothing}
     members = [scored[1], scored[0], scored[2]]
     search = {
         "name": "example",

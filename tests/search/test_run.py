@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from omegaconf import open_dict
@@ -21,6 +22,7 @@ from search.evaluate import Evaluator
 from search.proxy import load_weights
 from search.results import WORST_LATENCY_TARGETS
 from search.run import Search
+from search.study import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
 from slm.config import compose, read
@@ -260,3 +262,58 @@ def test_wandb_gets_every_candidate(experiment, tmp_path):
     content = record.read_bytes()
     for row in read_json(tmp_path / "candidates.json"):
         assert row["architecture"].encode() in content
+
+
+def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
+    experiment, tmp_path
+):
+    overrides = ("workers=2", "storage=journal", "storage.lease_seconds=5", "cloze_items=0")
+    rungs = ("proxy.rung_tokens=[160,320]", "evolution.promoted_share=0.5")
+    process = start(experiment, tmp_path, *overrides, *rungs, "num_candidates=8")
+    for line in process.stdout:
+        if line.startswith("#1 "):
+            break
+    children = psutil.Process(process.pid).children()
+    searchers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    killed, frozen = (each for each in searchers if each.children())
+    killed.kill()
+    frozen.suspend()
+    rest = []
+    for line in process.stdout:
+        rest.append(line)
+        # The one that took the place of the killed has finished some, and the lease is over.
+        if "died and is started again" in "".join(rest) and sum(x[0] == "#" for x in rest) == 4:
+            frozen.resume()
+    assert process.wait(timeout=60) == 0, "".join(rest)
+
+    rows = read_json(tmp_path / "candidates.json")
+    assert [row["number"] for row in rows] == list(range(8))
+    assert {row["state"] for row in rows} == {"scored"}
+    assert len({row["architecture"] for row in rows}) == 8
+    climbed = [row for row in rows if row["rung"] == 1]
+    assert len(climbed) >= 4
+    for row in rows:
+        assert [each["tokens"] for each in row["rungs"]] == [160, 320][: row["rung"] + 1]
+        assert row["loss"] == row["rungs"][-1]["loss"]
+        load_weights(
+            Architecture.parse(row["architecture"]), tmp_path / "candidates" / row["checkpoint"]
+        )
+    # One checkpoint for each, whatever was lost in between.
+    assert {path.name for path in (tmp_path / "candidates").iterdir()} == {
+        row["checkpoint"] for row in rows
+    }
+    storage = StorageConfig(kind="journal").open(tmp_path)
+    study = optuna.load_study(study_name="search", storage=storage)
+    complete = [
+        (t.user_attrs["candidate"], t.user_attrs["rung"])
+        for t in study.trials
+        if t.state.name == "COMPLETE"
+    ]
+    assert len(complete) == len(set(complete)) == 8 + len(climbed)
+    assert not any(t.state.name == "RUNNING" for t in study.trials)
+
+
+def test_sqlite_is_for_one_worker(experiment, tmp_path):
+    output = finish(start(experiment, tmp_path / "run", "workers=2"), code=2)
+    assert "error: workers: sqlite storage is for one, got 2; take storage=journal" in output
+    assert not (tmp_path / "run").exists()

@@ -1,18 +1,25 @@
+import itertools
+import json
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_space import ATTENTION, DELTANET, FFN, MAMBA2, space_config
+from small_space import ATTENTION, DELTANET, FFN, MAMBA2, WIDE_FFN, factors_config, space_config
 
 from search.genotype import BlockType, Genotype
 from search.space import SearchSpace, SpaceConfig
 from slm.architecture import Architecture
-from slm.config import ConfigError, compose, read
+from slm.config import CONFIG_DIR, ConfigError, compose, read
 from slm.model_config import ModelConfig
-from slm.operators import parse_operator
+from slm.operators import FFN as FFN_MODULE
+from slm.operators import OPERATORS, FFNConfig, parse_operator, register
 
 SPACE = SearchSpace(space_config())
+# Every factor of the whole model is one, too.
+FACTORS = SearchSpace(factors_config())
 ONE_MIXER = SearchSpace(
     space_config(
         mixers=[ATTENTION],
@@ -22,6 +29,9 @@ ONE_MIXER = SearchSpace(
         reference={"seed": "t", "width": 16},
     )
 )
+# Not to be had at width 16.
+WIDE_HEADS = "deltanet(head_dim=32)"
+TRANSFORMER = {"blocks": {"A": {"operators": [ATTENTION, FFN]}}, "depth": 2}
 seeds = st.integers(0, 10**9).map(random.Random)
 
 
@@ -32,7 +42,7 @@ def composed_space(name: str) -> SpaceConfig:
 
 @given(seeds)
 def test_samples_are_in_the_space_and_canonical(rng):
-    for space in (SPACE, ONE_MIXER):
+    for space in (SPACE, ONE_MIXER, FACTORS):
         genotype = space.sample(rng)
         assert space.allows(genotype)
         assert space.canonical(genotype) == genotype
@@ -50,79 +60,19 @@ def test_canonical_keeps_the_operators_and_is_the_same_for_all_spellings(rng):
             for block in genotype.sequence
             for mixer in block.operators(FFN)
             if mixer != FFN
-        ]
+        ],
+        FFN,
     )
-    assert spelling.operators(FFN) == genotype.operators(FFN)
-    assert SPACE.decompose(spelling.operators(FFN)) == genotype
-
-
-def changed_fields(old: BlockType, new: BlockType) -> set[str]:
-    return {
-        name
-        for name in ("mixers", "ratio", "ffns_per_mixer")
-        if getattr(old, name) != getattr(new, name)
-    }
-
-
-@settings(max_examples=200)
-@given(seeds)
-def test_mutation_changes_exactly_one_factor(rng):
-    for space in (SPACE, ONE_MIXER):
-        parent = space.sample(rng)
-        mutation = space.mutate(parent, rng)
-        assert mutation is not None
-        child = mutation.genotype
-        assert space.allows(child)
-        old, new = parent.sequence, child.sequence
-        if mutation.factor == "count":
-            longer, shorter = sorted((old, new), key=len, reverse=True)
-            assert len(longer) == len(shorter) + 1
-            assert any(longer[:i] + longer[i + 1 :] == shorter for i in range(len(longer)))
-            continue
-        changes = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
-        if mutation.factor == "order":
-            assert len(changes) == 2
-            assert sorted(old) == sorted(new)
-            continue
-        # Copies of one type all became the same other type.
-        assert len(set(changes)) == 1
-        before, after = changes[0]
-        if mutation.factor == "operator":
-            assert changed_fields(before, after) == {"mixers"}
-            assert sum(a != b for a, b in zip(before.mixers, after.mixers, strict=True)) == 1
-        elif mutation.factor == "ffns_per_mixer":
-            assert changed_fields(before, after) == {"ffns_per_mixer"}
-        else:
-            # Between one mixer and two a mixer comes or goes with its share.
-            assert changed_fields(before, after) - {"mixers"} == {"ratio"}
-            assert set(before.mixers) & set(after.mixers)
-
-
-def test_every_factor_is_drawn():
-    rng = random.Random(0)
-    hybrid = SPACE.seed("hybrid")
-    factors = {SPACE.mutate(hybrid, rng).factor for _ in range(100)}
-    assert factors == {"operator", "ratio", "ffns_per_mixer", "count", "order"}
-
-
-def test_nothing_to_mutate_is_said():
-    space = SearchSpace(
-        space_config(
-            mixers=[ATTENTION],
-            ratios=["0:1"],
-            ffns_per_mixer=[1],
-            max_blocks=1,
-            seeds={"t": {"blocks": {"A": {"operators": [ATTENTION, FFN]}}, "depth": 1}},
-            reference={"seed": "t", "width": 16},
-        )
-    )
-    assert space.mutate(space.seed("t"), random.Random(0)) is None
+    assert spelling.operators() == genotype.operators()
+    assert SPACE.decompose(spelling.operators()) == genotype
+    assert SPACE.canonical(spelling) == genotype
 
 
 @given(seeds)
 def test_json_round_trip(rng):
-    genotype = SPACE.sample(rng)
-    assert Genotype.from_json(genotype.to_json()) == genotype
+    for space in (SPACE, FACTORS):
+        genotype = space.sample(rng)
+        assert Genotype.from_json(json.loads(json.dumps(genotype.to_json()))) == genotype
 
 
 def test_blocks_read_as_published():
@@ -134,10 +84,12 @@ def test_blocks_read_as_published():
 
 def test_short_form_groups_equal_blocks():
     delta, attention = BlockType((DELTANET,)), BlockType((ATTENTION,), ffns_per_mixer=2)
-    genotype = Genotype.from_sequence([delta, delta, attention])
+    genotype = Genotype.from_sequence([delta, delta, attention], FFN)
     assert SPACE.short_form(genotype) == "2×[D F] [A F F]"
     assert SPACE.legend["attention(head_dim=16,window=8)"] == "W"
     assert SPACE.legend[MAMBA2] == "M2"
+    other = Genotype.from_sequence([delta, attention], WIDE_FFN, meta_tokens=4, width=32)
+    assert FACTORS.short_form(other) == "[D F'] [A F' F'] m=4 w=32"
 
 
 def test_an_operator_without_a_short_name_is_called_by_its_name(monkeypatch):
@@ -165,8 +117,8 @@ def test_a_width_that_an_operator_cannot_take_is_unavailable():
             reference={"seed": "t", "width": 16},
         )
     )
-    narrow = Genotype.from_sequence([BlockType((ATTENTION,))])
-    wide = Genotype.from_sequence([BlockType((ATTENTION, "deltanet(head_dim=32)"), (1, 1))])
+    narrow = Genotype.from_sequence([BlockType((ATTENTION,))], FFN)
+    wide = Genotype.from_sequence([BlockType((ATTENTION, "deltanet(head_dim=32)"), (1, 1))], FFN)
     assert space.available_widths(narrow) == [32, 16]
     assert space.available_widths(wide) == [32]
     assert ("deltanet(head_dim=32)", 16) not in {(str(op), w) for op, w in space.operators()}
@@ -188,6 +140,175 @@ def test_released_nemotron_flash_models_are_in_the_space(space_name, model_name)
     assert layers == (flash_1b if model_name.endswith("1b") else flash_3b)
 
 
+@st.composite
+def small_spaces(draw: st.DrawFn) -> SearchSpace:
+    """Spaces that can be enumerated."""
+    mixers = draw(
+        st.sampled_from([[ATTENTION], [ATTENTION, MAMBA2], [ATTENTION, MAMBA2, WIDE_HEADS]])
+    )
+    max_blocks = draw(st.integers(1, 3))
+    ratios = draw(st.sampled_from([["0:1"], ["0:1", "1:1"], ["0:1", "1:2", "2:1"], ["1:2", "0:1"]]))
+    return SearchSpace(
+        space_config(
+            mixers=mixers,
+            ffns=draw(st.sampled_from([[FFN], [FFN, WIDE_FFN]])),
+            ratios=ratios,
+            ffns_per_mixer=draw(st.sampled_from([[1], [0, 1], [0, 1, 2]])),
+            max_block_types=draw(st.integers(1, 3)),
+            max_blocks=max_blocks,
+            max_operators=draw(st.integers(2, 5)),
+            meta_tokens=draw(st.sampled_from([[0], [0, 4]])),
+            width=draw(st.sampled_from(["widest", "free"])),
+            widths=draw(st.sampled_from([[32], [16, 32]])),
+            seeds={"t": {**TRANSFORMER, "depth": 1}},
+            reference={"seed": "t", "width": 32},
+        )
+    )
+
+
+def brute_force(space: SearchSpace) -> set[tuple[tuple[str, ...], int, int | None]]:
+    """Operators, meta tokens and width of everything that the config describes."""
+    config = space.config
+    shapes = []
+    for ratio, count in itertools.product(config.ratios, config.ffns_per_mixer):
+        num_first, num_second = map(int, ratio.split(":"))
+        pairs = itertools.permutations(config.mixers, 2)
+        for first, second in pairs if num_first else [("", mixer) for mixer in config.mixers]:
+            shapes.append((((first,) * num_first + (second,) * num_second), count))
+    found = set()
+    for length in range(1, config.max_blocks + 1):
+        for sequence in itertools.product(shapes, repeat=length):
+            for ffn in config.ffns:
+                operators = tuple(
+                    operator
+                    for mixers, count in sequence
+                    for mixer in mixers
+                    for operator in (mixer, *[ffn] * count)
+                )
+                if len(operators) > config.max_operators:
+                    continue
+                if len(set(sequence)) > config.max_block_types:
+                    continue
+                parsed = [parse_operator(operator) for operator in operators]
+                widths: list[int | None] = [
+                    width for width in config.widths if not any(op.problems(width) for op in parsed)
+                ]
+                if config.width == "widest":
+                    widths = [None] if widths else []
+                found |= set(itertools.product([operators], config.meta_tokens, widths))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_spaces())
+def test_genotypes_and_size_are_those_of_brute_force(space):
+    expected = brute_force(space)
+    genotypes = list(space.genotypes())
+    assert len(genotypes) == len(expected)
+    assert {genotype.phenotype() for genotype in genotypes} == expected
+    assert all(space.canonical(genotype) == genotype for genotype in genotypes)
+    assert space.size(len(expected)) == len(expected)
+    assert space.size(len(expected) - 1) is None
+    low, high = space.size_bounds()
+    assert low <= len(expected) <= high
+    config = space.config
+    if config.ratios == ("0:1",) and (config.width == "free" or WIDE_HEADS not in config.mixers):
+        assert low == high == len(expected)
+
+
+def test_size_of_a_large_space_is_bounded():
+    space = SearchSpace(composed_space("nemotron_flash"))
+    low, high = space.size_bounds()
+    # Thirty blocks of one mixer and no FFN are 3**30 already.
+    assert 3**30 < low < high < 1.1 * low
+    assert space.size(10**6) is None
+
+
+def test_the_hybrid_bench_is_every_sequence_of_one_to_three_units():
+    space = SearchSpace(composed_space("hybrid_bench"))
+    texts = [str(space.realize(genotype, 64, 1024)) for genotype in space.genotypes()]
+    mixers = [
+        "attention(head_dim=32)",
+        "mamba2(head_dim=32,state_size=32)",
+        "deltanet(head_dim=32)",
+    ]
+    units = [mixer + ffn for mixer in mixers for ffn in ("", " ffn")]
+    # In this order: the benchmark draws from it what it trains with several seeds.
+    assert texts == [
+        f"width=64 vocab_size=1024 | {' '.join(sequence)}"
+        for length in (1, 2, 3)
+        for sequence in itertools.product(units, repeat=length)
+    ]
+    assert len(set(texts)) == 6 + 6**2 + 6**3 == space.size(258) == 258
+
+
+def test_one_kind_of_ffn_per_model():
+    for operators in ((ATTENTION, FFN, DELTANET, FFN), (ATTENTION, WIDE_FFN, DELTANET, WIDE_FFN)):
+        genotype = FACTORS.decompose(operators, meta_tokens=4, width=32)
+        assert genotype is not None
+        assert genotype.ffn == operators[1]
+        assert genotype.operators() == operators
+    assert FACTORS.decompose((ATTENTION, FFN, DELTANET, WIDE_FFN), 4, 32) is None
+    # Without any FFN its kind makes no difference.
+    bare = [
+        Genotype.from_sequence([BlockType((ATTENTION,), (0, 1), 0)], f, 4, 32)
+        for f in (FFN, WIDE_FFN)
+    ]
+    assert bare[0] != bare[1]
+    assert FACTORS.canonical(bare[0]) == FACTORS.canonical(bare[1]) == bare[0]
+
+
+def test_a_free_width_and_meta_tokens_are_the_genotypes():
+    genotype = FACTORS.decompose((ATTENTION, FFN), meta_tokens=4, width=32)
+    assert genotype is not None
+    assert FACTORS.available_widths(genotype) == [32]
+    assert FACTORS.decompose((ATTENTION, FFN), meta_tokens=5, width=32) is None
+    assert FACTORS.decompose((ATTENTION, FFN), meta_tokens=4, width=24) is None
+    assert FACTORS.decompose((ATTENTION, FFN), meta_tokens=4) is None
+    architecture = FACTORS.realize(genotype, 32, vocab_size=64)
+    assert (architecture.width, architecture.meta_tokens) == (32, 4)
+    assert FACTORS.contains(architecture)
+    assert [a.width for a in FACTORS.fitting(genotype, 64, lambda _: 1.0, target_ms=1.0)] == [32]
+    # A start says its own, or has the first and the reference's.
+    assert FACTORS.seed("transformer").meta_tokens == FACTORS.config.meta_tokens[0]
+    assert FACTORS.seed("transformer").width == FACTORS.config.reference.width
+    assert (FACTORS.seed("narrow").meta_tokens, FACTORS.seed("narrow").width) == (4, 16)
+
+
+def test_samples_take_every_value_of_every_factor():
+    rng = random.Random(0)
+    genotypes = [FACTORS.sample(rng) for _ in range(500)]
+    rules = FACTORS.rules
+    assert {genotype.meta_tokens for genotype in genotypes} == set(rules.meta_tokens)
+    assert {genotype.width for genotype in genotypes} == set(rules.widths)
+    assert {genotype.ffn for genotype in genotypes} == set(rules.ffns)
+    blocks = {block for genotype in genotypes for block in genotype.blocks}
+    assert {mixer for block in blocks for mixer in block.mixers} == set(rules.mixers)
+    assert {block.ratio for block in blocks} == set(rules.ratios)
+    assert {block.ffns_per_mixer for block in blocks} == set(rules.ffns_per_mixer)
+
+
+def test_an_operator_of_a_users_own_is_searched(monkeypatch):
+    monkeypatch.setattr("slm.operators.base.OPERATORS", dict(OPERATORS))
+
+    @dataclass(frozen=True)
+    class MixConfig(FFNConfig):
+        name: ClassVar[str] = "mix"
+        short_name: ClassVar[str] = ""
+
+    class Mix(FFN_MODULE):
+        pass
+
+    register(MixConfig)(Mix)
+    space = SearchSpace(space_config(mixers=[ATTENTION, DELTANET, "mix(ratio=1.0)"]))
+    rng = random.Random(0)
+    genotypes = [space.sample(rng) for _ in range(50)]
+    with_mix = [genotype for genotype in genotypes if "mix(ratio=1.0)" in genotype.operators()]
+    assert with_mix
+    assert all(space.contains(space.realize(g, 32, vocab_size=64)) for g in with_mix)
+    assert "mix" in space.short_form(with_mix[0])
+
+
 def test_what_is_outside_the_space_is_not_contained():
     inside = SPACE.realize(SPACE.seed("hybrid"), 32, 64)
     assert SPACE.contains(inside)
@@ -204,12 +325,12 @@ def test_what_is_outside_the_space_is_not_contained():
         assert not SPACE.contains(Architecture.parse(outside))
 
 
-@pytest.mark.parametrize("name", ["demo", "nemotron_flash", "nemotron_flash_3b"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "space").iterdir()))
 def test_shipped_spaces_compose(name):
     space = SearchSpace(composed_space(name))
     reference = space.reference(vocab_size=4096)
     assert {operator.name for operator in reference.operators} == {"attention", "ffn"}
-    assert all(space.seed(seed) for seed in space.config.seeds)
+    assert all(space.allows(space.seed(seed)) for seed in space.config.seeds)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +343,26 @@ def test_shipped_spaces_compose(name):
         ({"widths": []}, "space.widths: must not be empty"),
         ({"reference": {"seed": "gpt", "width": 32}}, "space.reference.seed: 'gpt' is not among"),
         ({"reference": {"seed": "hybrid", "width": 33}}, "space.reference.width: must be one of"),
+        (
+            {"reference": {"seed": "hybrid", "width": 8}, "widths": [8, 16]},
+            "space.reference.width: must be one of [16], got 8",
+        ),
+        ({"ffns": [FFN, ATTENTION]}, f"space.ffns: {ATTENTION} is among mixers"),
+        ({"ffns": []}, "space.ffns: must not be empty"),
+        ({"meta_tokens": [4, 4]}, "space.meta_tokens: each must be given once, got [4, 4]"),
+        ({"meta_tokens": [-1]}, "space.meta_tokens: must be >= 0, got -1"),
+        ({"width": "narrowest"}, "space.width: "),
+        (
+            {"seeds": {"t": {**TRANSFORMER, "width": 32}}, "reference": {"seed": "t", "width": 32}},
+            "space.seeds.t.width: must be null, it is no factor, got 32",
+        ),
+        (
+            {
+                "seeds": {"t": {**TRANSFORMER, "meta_tokens": 4}},
+                "reference": {"seed": "t", "width": 32},
+            },
+            "space.seeds.t: is not in the space: meta_tokens=4 attention",
+        ),
         ({"max_blocks": 0, "max_operators": 0}, "space.max_operators: must be >= 1, got 0"),
     ],
 )

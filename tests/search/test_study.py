@@ -11,7 +11,8 @@ import optuna
 import pytest
 from small_space import space_config
 
-from search.evolution import EvolutionConfig, Proposal, propose
+from search.evolution import EvolutionConfig, propose
+from search.history import Promotion, Proposal
 from search.space import SearchSpace
 from search.study import MAX_ATTEMPTS, Owner, StaleTrialError, StorageConfig, Study
 from slm.config import ConfigError, read
@@ -21,56 +22,74 @@ IDENTITY = {"seed": 0, "space": {"widths": [16, 32]}}
 STORAGES = ["sqlite", "journal"]
 EVOLUTION = EvolutionConfig(initial_candidates=4, population_size=4, sample_size=2)
 
-# Claims the next candidates and scores them; without a count it dies within the first.
+# Claims the next candidates and scores them; without a count it stops within the first.
 CLAIMER = """
 import sys, time
 sys.path.insert(0, "tests/search")
-from test_study import claim_next, open_study
+from test_study import claim_next, open_study, score
 from pathlib import Path
 study = open_study(sys.argv[2], Path(sys.argv[1]))
 if len(sys.argv) == 3:
     claim = claim_next(study)
     print(claim.proposal.number, flush=True)
-    time.sleep(60)
-for _ in range(int(sys.argv[3])):
+    sys.stdin.readline()
+    score(claim, 9.0)
+for _ in range(int(sys.argv[3]) if len(sys.argv) > 3 else 0):
     claim = None
     while claim is None:
         claim = claim_next(study)
-    claim.complete(loss=1.0 + claim.proposal.number / 100, latency_ms=2.0)
+    score(claim, 1.0 + claim.proposal.number / 100)
     print(claim.proposal.number, flush=True)
 """
 
 
-def open_study(kind: str, folder: Path, identity=IDENTITY) -> Study:
-    return Study.open(StorageConfig(kind=kind), folder, "test", identity)
+def open_study(kind: str, folder: Path, identity=IDENTITY, **storage) -> Study:
+    config = StorageConfig(kind=kind, **storage)
+    return Study.open(config, folder, "test", identity, SPACE, ("loss", "latency_ms"))
 
 
 def claim_next(study: Study):
-    history = [record.candidate for record in study.records()]
-    return study.propose(propose(SPACE, EVOLUTION, 0, 10.0, history))
+    study.refresh()
+    return study.propose(propose(SPACE, EVOLUTION, 0, 10.0, study.history))
+
+
+def score(claim, loss, latency_ms=2.0):
+    result = {"loss": loss, "latency_ms": latency_ms, "memory_bytes": 100, "tokens": 10}
+    claim.complete((loss, latency_ms), result, excess_ms=latency_ms - 10.0)
+
+
+def records(study: Study):
+    study.refresh()
+    return study.records
 
 
 def start_claimer(folder: Path, kind: str, *count: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", CLAIMER, str(folder), kind, *count],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_scores_and_notes_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path):
+def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path):
     study = open_study(kind, tmp_path)
     first, second, third, fourth = (claim_next(study) for _ in range(4))
-    first.note(architecture="width=16 …", measurement={"latency_ms": 3.5, "low_ms": 3.0})
-    first.complete(loss=1.25, latency_ms=3.5)
-    second.fail("the loss is not finite")
-    third.reject("too slow")
-    again = open_study(kind, tmp_path).records()
+    score(first, 1.25, latency_ms=3.5)
+    second.fail("the loss is not finite", {"latency_ms": 12.0})
+    third.reject("too slow", {"latency_ms": 11.0})
+    again = open_study(kind, tmp_path).records
+    assert again == records(study)
     assert [record.state for record in again] == ["scored", "failed", "infeasible", "running"]
-    assert (again[0].loss, again[0].latency_ms) == (1.25, 3.5)
-    assert again[0].attributes["measurement"] == {"latency_ms": 3.5, "low_ms": 3.0}
-    assert again[1].error == "the loss is not finite"
+    assert again[0].losses == (1.25,)
+    assert (again[0].candidate.latency_ms, again[0].candidate.memory_bytes) == (3.5, 100)
+    assert again[0].results[0]["tokens"] == 10
+    assert again[0].results[0]["finished_at"] is not None
+    assert (again[1].error, again[1].result) == ("the loss is not finite", {"latency_ms": 12.0})
+    assert (again[2].error, again[2].result) == ("too slow", {"latency_ms": 11.0})
+    assert again[3].owner == Owner.current()
     assert [record.proposal for record in again] == [
         claim.proposal for claim in (first, second, third, fourth)
     ]
@@ -79,6 +98,32 @@ def test_scores_and_notes_come_back_in_another_process_and_in_plain_optuna(kind,
     assert plain.metric_names == ["loss", "latency_ms"]
     assert [trial.values for trial in plain.best_trials] == [[1.25, 3.5]]
     assert [trial.state.name for trial in plain.trials] == ["COMPLETE", "FAIL", "PRUNED", "RUNNING"]
+    genotype = first.proposal.genotype
+    assert plain.trials[0].params["blocks"] == len(genotype.pattern)
+    named = {text: plain.trials[0].params[short] for text, short in SPACE.legend.items()}
+    assert named == {text: genotype.operators().count(text) for text in SPACE.legend}
+    assert plain.trials[0].constraints == {"latency_over_target_ms": -6.5}
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_candidate_goes_on_from_rung_to_rung(kind, tmp_path):
+    study, other = open_study(kind, tmp_path), open_study(kind, tmp_path)
+    score(claim_next(study), 3.0)
+    records(other)
+    claim = study.promote(Promotion(0, 1))
+    assert (claim.rung, claim.proposal) == (1, study.records[0].proposal)
+    # The other has not heard of it, and is too late.
+    assert other.promote(Promotion(0, 1)) is None
+    (record,) = records(study)
+    assert (record.state, record.rung, record.losses) == ("running", 1, (3.0,))
+    score(claim, 2.0)
+    (record,) = records(other)
+    assert (record.state, record.rung, record.losses) == ("scored", 1, (3.0, 2.0))
+    assert record.candidate.losses == (3.0, 2.0)
+    study.promote(Promotion(0, 2)).fail("the loss is not finite", {})
+    (record,) = records(other)
+    assert (record.state, record.losses) == ("failed", (3.0, 2.0))
+    assert other.take_queued() is None
 
 
 @pytest.mark.parametrize("kind", STORAGES)
@@ -88,53 +133,73 @@ def test_a_killed_owner_loses_its_trial_and_the_candidate_is_queued_again(kind, 
     study = open_study(kind, tmp_path)
     assert study.reap() == 0
     assert study.take_queued() is None
-    assert study.records()[0].state == "running"
+    assert (study.records[0].state, study.num_running) == ("running", 1)
 
     os.kill(claimer.pid, signal.SIGKILL)
-    claimer.wait()
-    proposal = study.records()[0].proposal
+    claimer.communicate()
+    proposal = study.records[0].proposal
     assert study.reap() == 1
-    assert study.records()[0].state == "waiting"
+    assert (study.records[0].state, study.num_running) == ("waiting", 0)
     claim = study.take_queued()
     assert claim.proposal == proposal
     assert study.take_queued() is None
-    claim.complete(loss=1.0, latency_ms=1.0)
-    (record,) = study.records()
+    score(claim, 1.0)
+    (record,) = records(study)
     assert (record.state, record.attempts) == ("scored", 2)
 
 
-def test_a_stopped_process_that_wakes_up_late_is_refused(tmp_path):
-    study = open_study("sqlite", tmp_path)
-    late = claim_next(study)
-    # What another machine does that has not heard of this one for long.
-    other = open_study("sqlite", tmp_path)
-    for trial in other._trials():
-        stranger = {**asdict(other.owner), "host": "elsewhere"}
-        other._storage.set_trial_user_attr(trial._trial_id, "owner", stranger)
-        other._storage.set_trial_user_attr(trial._trial_id, "heartbeat", time.time() - 299)
-    assert other.reap() == 0
-    late._storage.set_trial_user_attr(late._trial_id, "heartbeat", time.time() - 301)
-    assert other.reap() == 1
-    other.take_queued().complete(loss=1.0, latency_ms=1.0)
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_stopped_process_that_wakes_up_late_is_refused(kind, tmp_path):
+    claimer = start_claimer(tmp_path, kind)
+    assert claimer.stdout.readline() == "0\n"
+    os.kill(claimer.pid, signal.SIGSTOP)
+    study = open_study(kind, tmp_path, lease_seconds=1.0)
+    while study.reap() == 0:
+        time.sleep(0.1)
+    score(study.take_queued(), 1.0)
 
-    with pytest.raises(StaleTrialError, match="candidate 0 was given to another process"):
-        late.note(architecture="late")
+    os.kill(claimer.pid, signal.SIGCONT)
+    _, errors = claimer.communicate("go on\n")
+    assert "StaleTrialError: candidate 0 was given to another process" in errors
+    (record,) = records(study)
+    assert (record.state, record.losses) == ("scored", (1.0,))
+
+
+def test_a_lease_is_renewed_by_beats(tmp_path):
+    study = open_study("sqlite", tmp_path, lease_seconds=1.0)
+    claim = claim_next(study)
+    for _ in range(15):
+        time.sleep(0.1)
+        claim.beat()
+        assert study.reap() == 0
+    time.sleep(1.1)
+    assert study.reap() == 1
     with pytest.raises(StaleTrialError):
-        late.complete(loss=9.0, latency_ms=9.0)
-    (record,) = study.records()
-    assert (record.loss, record.latency_ms) == (1.0, 1.0)
+        claim.beat()
+
+
+def test_an_owner_elsewhere_is_dead_only_when_its_lease_is_over(tmp_path):
+    study = open_study("sqlite", tmp_path)
+    claim_next(study)
+    (trial,) = study._study.trials
+    stranger = asdict(study.owner) | {"host": "elsewhere", "started": 1.0}
+    study._storage.set_trial_user_attr(trial._trial_id, "owner", stranger)
+    assert study.reap() == 0
+    study._storage.set_trial_user_attr(trial._trial_id, "heartbeat", time.time() - 121)
+    assert study.reap() == 1
 
 
 def test_a_claim_left_without_a_result_is_queued_again(tmp_path):
     study = open_study("sqlite", tmp_path)
     with pytest.raises(KeyboardInterrupt), claim_next(study):
         raise KeyboardInterrupt
-    assert study.records()[0].state == "waiting"
+    assert records(study)[0].state == "waiting"
     # However often that happens: it is not the candidate's fault.
     for _ in range(MAX_ATTEMPTS):
         with study.take_queued():
             pass
-    assert study.records()[0].state == "waiting"
+        study.refresh()
+    assert study.records[0].state == "waiting"
 
 
 def test_a_candidate_that_kills_its_owners_is_given_up(tmp_path):
@@ -144,12 +209,12 @@ def test_a_candidate_that_kills_its_owners_is_given_up(tmp_path):
     for attempt in range(MAX_ATTEMPTS):
         if attempt:
             study.take_queued()
-        running = [trial for trial in study._trials() if not trial.state.is_finished()]
+        running = [trial for trial in study._study.trials if not trial.state.is_finished()]
         study._storage.set_trial_user_attr(running[0]._trial_id, "owner", dead)
         assert study.reap() == 1
-    (record,) = study.records()
+    (record,) = study.records
     assert record.state == "failed"
-    assert "died" in record.error
+    assert f"its owner died, {MAX_ATTEMPTS} times" in record.error
     assert study.take_queued() is None
 
 
@@ -159,10 +224,10 @@ def test_two_processes_share_a_study_without_duplicates(kind, tmp_path):
     claimers = [start_claimer(tmp_path, kind, "6") for _ in range(2)]
     outputs = [claimer.communicate(timeout=100)[0].split() for claimer in claimers]
     assert sorted(int(number) for output in outputs for number in output) == list(range(12))
-    records = open_study(kind, tmp_path).records()
-    assert [record.proposal.number for record in records] == list(range(12))
-    assert {record.state for record in records} == {"scored"}
-    assert len({record.proposal.genotype for record in records}) == 12
+    found = open_study(kind, tmp_path).records
+    assert [record.proposal.number for record in found] == list(range(12))
+    assert {record.state for record in found} == {"scored"}
+    assert len({record.proposal.genotype for record in found}) == 12
 
 
 def test_the_later_of_two_trials_of_one_number_is_dropped(tmp_path):
@@ -171,7 +236,7 @@ def test_the_later_of_two_trials_of_one_number_is_dropped(tmp_path):
     proposals = [Proposal(0, SPACE.sample(rng), "random") for _ in range(2)]
     assert first.propose(proposals[0]) is not None
     assert second.propose(proposals[1]) is None
-    (record,) = second.records()
+    (record,) = records(second)
     assert record.proposal == proposals[0]
     assert record.attempts == 1
 
@@ -199,6 +264,7 @@ def test_storage_config_problems():
     for values, problem in (
         ({"kind": "postgresql"}, "storage.url: postgresql storage needs url, got None"),
         ({"kind": "sqlite", "url": "x"}, "storage.url: sqlite storage takes no url, got 'x'"),
+        ({"kind": "journal", "lease_seconds": 0.5}, "storage.lease_seconds: must be >= 1, got 0.5"),
     ):
         with pytest.raises(ConfigError) as error:
             read(StorageConfig, values, "storage")
