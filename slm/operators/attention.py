@@ -87,6 +87,11 @@ class AttentionConfig(OperatorConfig):
         """G · K: values that keys, and values, take per token."""
         return width // self.query_groups
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        kv_width = self.kv_width(width)
+        return {"qkv_proj.weight": {"q": width, "k": kv_width, "v": kv_width}}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         return 2 * width * (width + self.kv_width(width)) + 2 * self.head_dim * self.qk_norm
@@ -259,6 +264,7 @@ class Attention(Operator):
 
     reads = ("qkv_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v",)
 
     def __init__(self, config: AttentionConfig, width: int) -> None:
         super().__init__()

@@ -130,6 +130,14 @@ class OperatorConfig:
         """Why this operator cannot be built at this width; empty when it can."""
         raise NotImplementedError
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """Of tensors of the module that hold several parts below each other: names and sizes.
+
+        The sizes are those on axis 0. Whoever takes weights over into other sizes cuts each part
+        by itself; a tensor that is not named here is cut as one.
+        """
+        return {}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters of the module, without the norm before it."""
         raise NotImplementedError
@@ -157,6 +165,9 @@ class Operator(nn.Module):
 
     reads, writes: names of the matrices that read from, or write to, the residual stream; the
         former hold the width on their last axis, the latter on their first.
+    value_parts: names of the tensors, or of their parts (`OperatorConfig.parts`), whose axis 0 goes
+        over the channels that `writes` read, or over those of one head. Channels of a head that are
+        equal in all of these hold equal values.
     undecayed: names of the parameters with two axes that weight decay leaves alone, such as the
         rates at which states decay. Of all others those with two axes decay.
     """
@@ -164,6 +175,7 @@ class Operator(nn.Module):
     config_class: ClassVar[type[OperatorConfig]]
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
+    value_parts: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
 
     def reset_parameters(self) -> None:

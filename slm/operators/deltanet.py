@@ -48,6 +48,11 @@ class DeltaNetConfig(OperatorConfig):
             found.append(f"deltanet.conv_width: must be > 1, got {self.conv_width}")
         return found
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        qkv = {"q": width, "k": width, "v": width}
+        return {"qkv_proj.weight": qkv, "convolution.weight": qkv}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         projections = 4 * width * width + width // self.head_dim * width
@@ -70,6 +75,7 @@ class DeltaNet(Operator):
 
     reads = ("qkv_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v", "o_norm.weight")
 
     def __init__(self, config: DeltaNetConfig, width: int) -> None:
         super().__init__()

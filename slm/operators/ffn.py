@@ -51,6 +51,11 @@ class FFNConfig(OperatorConfig):
         """Hidden vectors that are read from the stream: gate and up, or up alone."""
         return 2 if self.activation == "swiglu" else 1
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        names = ("gate", "up")[-self.num_inner :]
+        return {"gate_up_proj.weight": dict.fromkeys(names, self.hidden(width))}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         return (self.num_inner + 1) * width * self.hidden(width)
@@ -70,6 +75,7 @@ class FFN(Operator):
 
     reads = ("gate_up_proj.weight",)
     writes = ("down_proj.weight",)
+    value_parts = ("gate", "up")
 
     def __init__(self, config: FFNConfig, width: int) -> None:
         super().__init__()

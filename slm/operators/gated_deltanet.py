@@ -64,6 +64,16 @@ class GatedDeltaNetConfig(OperatorConfig):
         heads, value_size = width // self.head_dim, int(self.expand_v * self.head_dim)
         return heads, value_size, heads * value_size, 2 * width + heads * value_size
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        heads, _, values, _ = self.sizes(width)
+        qkv = {"q": width, "k": width, "v": values}
+        return {
+            "in_proj.weight": qkv | {"gate": values},
+            "beta_decay_proj.weight": {"beta": heads, "decay": heads},
+            "convolution.weight": qkv,
+        }
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         heads, value_size, values, channels = self.sizes(width)
@@ -88,6 +98,7 @@ class GatedDeltaNet(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v", "gate", "o_norm.weight")
 
     def __init__(self, config: GatedDeltaNetConfig, width: int) -> None:
         super().__init__()

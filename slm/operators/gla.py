@@ -60,6 +60,12 @@ class GLAConfig(OperatorConfig):
         heads = width // self.head_dim
         return heads, int(self.expand_k * self.head_dim), int(self.expand_v * self.head_dim)
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        heads, key_size, value_size = self.sizes(width)
+        keys, values = heads * key_size, heads * value_size
+        return {"in_proj.weight": {"q": keys, "k": keys, "v": values, "gate": values}}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         heads, key_size, value_size = self.sizes(width)
@@ -86,6 +92,7 @@ class GLA(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v", "gate", "o_norm.weight")
 
     def __init__(self, config: GLAConfig, width: int) -> None:
         super().__init__()

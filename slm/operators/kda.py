@@ -51,6 +51,11 @@ class KDAConfig(OperatorConfig):
             found.append(f"kda.conv_width: must be > 1, got {self.conv_width}")
         return found
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        qkv = {"q": width, "k": width, "v": width}
+        return {"qkv_proj.weight": qkv, "convolution.weight": qkv}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         heads = width // self.head_dim
@@ -75,6 +80,7 @@ class KDA(Operator):
 
     reads = ("qkv_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v", "gate_up_proj.weight", "o_norm.weight")
 
     def __init__(self, config: KDAConfig, width: int) -> None:
         super().__init__()

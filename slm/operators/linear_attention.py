@@ -62,6 +62,14 @@ class LinearAttentionConfig(OperatorConfig):
         """Whether the feature map has parameters."""
         return self.feature_map == "elementwise_product"
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        found = {"qkv_proj.weight": {"q": width, "k": width, "v": width}}
+        if self.is_learned:
+            maps = dict.fromkeys(("q_left", "q_right", "k_left", "k_right"), self.head_dim)
+            found |= {"features.weight": maps, "features.bias": maps}
+        return found
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         features = 4 * self.head_dim * (self.head_dim + 1) if self.is_learned else 0
@@ -83,6 +91,7 @@ class LinearAttention(Operator):
 
     reads = ("qkv_proj.weight",)
     writes = ("o_proj.weight",)
+    value_parts = ("v", "o_norm.weight")
 
     def __init__(self, config: LinearAttentionConfig, width: int) -> None:
         super().__init__()

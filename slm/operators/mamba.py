@@ -57,6 +57,14 @@ class MambaConfig(OperatorConfig):
         """Inner width I, and rank R = ⌈D / 16⌉ of the step size."""
         return self.expand * width, -(-width // 16)
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        inner, rank = self.sizes(width)
+        return {
+            "in_proj.weight": {"x": inner, "gate": inner},
+            "x_proj.weight": {"dt": rank, "B": self.state_size, "C": self.state_size},
+        }
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         inner, rank = self.sizes(width)
@@ -82,6 +90,16 @@ class Mamba(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("out_proj.weight",)
+    value_parts = (
+        "x",
+        "gate",
+        "convolution.weight",
+        "convolution.bias",
+        "dt_weight",
+        "dt_bias",
+        "A_log",
+        "D",
+    )
     undecayed = ("A_log",)
 
     def __init__(self, config: MambaConfig, width: int) -> None:

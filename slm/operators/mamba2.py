@@ -67,6 +67,16 @@ class Mamba2Config(OperatorConfig):
         inner = self.expand * width
         return inner, inner // self.head_dim, inner + 2 * self.state_size
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        inner, heads, _ = self.sizes(width)
+        vkq = {"v": inner, "k": self.state_size, "q": self.state_size}
+        return {
+            "in_proj.weight": {"gate": inner} | vkq | {"dt": heads},
+            "convolution.weight": vkq,
+            "convolution.bias": vkq,
+        }
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         inner, heads, channels = self.sizes(width)
@@ -91,6 +101,7 @@ class Mamba2(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("out_proj.weight",)
+    value_parts = ("v", "gate", "norm.weight")
 
     def __init__(self, config: Mamba2Config, width: int) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ class RWKV7(Operator):
 
     reads = ("r_proj.weight", "k_proj.weight", "v_proj.weight")
     writes = ("o_proj.weight",)
+    value_parts = ("v_proj.weight", "g_up_proj.weight", "norm_weight", "norm_bias")
 
     def __init__(self, config: RWKV7Config, width: int) -> None:
         super().__init__()

@@ -32,6 +32,10 @@ class ShortConvolutionConfig(OperatorConfig):
             return [f"short_convolution.conv_width: must be > 1, got {self.conv_width}"]
         return []
 
+    def parts(self, width: int) -> dict[str, dict[str, int]]:
+        """See `OperatorConfig.parts`."""
+        return {"in_proj.weight": {"B": width, "C": width, "x": width}}
+
     def parameters(self, width: int) -> int:
         """Exact number of parameters, without the norm before it."""
         return 4 * width * width + width * self.conv_width
@@ -70,6 +74,7 @@ class ShortConvolution(Operator):
 
     reads = ("in_proj.weight",)
     writes = ("out_proj.weight",)
+    value_parts = ("B", "C", "x", "convolution.weight")
 
     def __init__(self, config: ShortConvolutionConfig, width: int) -> None:
         super().__init__()
