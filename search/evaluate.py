@@ -76,12 +76,18 @@ class BaseEvaluator:
         seed: int,
         report: Report,
         start: Path | None = None,
+        parent: tuple[Architecture, Path] | None = None,
     ) -> tuple[ProxyTraining, dict[str, Any]]:
         """The proxy training, gone on with from the file `start`, and what is known of it."""
         from search.proxy import ProxyTraining
         from slm.evaluation import bits_per_byte
 
-        training = ProxyTraining(_parse(text), corpus, self.proxy, seed)
+        try:
+            training = ProxyTraining(_parse(text), corpus, self.proxy, seed, parent)
+        except ValueError as error:
+            # Its parent went on to another rung meanwhile.
+            report({"warning": f"{error}; beginning without its parent"})
+            training = ProxyTraining(_parse(text), corpus, self.proxy, seed)
         if start is not None:
             try:
                 training.load(start)
@@ -136,16 +142,31 @@ class Evaluator(BaseEvaluator):
         }
 
     def train(
-        self, text: str, tokens: int, start: str | None, checkpoint: str, report: Report
+        self,
+        text: str,
+        tokens: int,
+        start: str | None,
+        parent: tuple[str, str] | None,
+        checkpoint: str,
+        report: Report,
     ) -> dict[str, Any]:
         """Proxy training until so many tokens in all were read.
 
-        start, checkpoint: files of `candidates_folder` to go on from, None for the first token,
-        and to leave behind.
+        start: checkpoint to go on from; None begins with the first token, and with the weights of
+        `parent`, an architecture and its checkpoint, if there is one. checkpoint: to leave behind.
+        Checkpoints are files of `candidates_folder`.
         """
         corpus = self._set_up_training()
-        start_path = None if start is None else self.candidates_folder / start
-        training, result = self._train(text, corpus, tokens, self.seed, report, start_path)
+        folder = self.candidates_folder
+        training, result = self._train(
+            text,
+            corpus,
+            tokens,
+            self.seed,
+            report,
+            None if start is None else folder / start,
+            None if parent is None else (_parse(parent[0]), folder / parent[1]),
+        )
         training.save(self.candidates_folder / checkpoint)
         result["loss_curve"] = _thinned(result["loss_curve"])
         return {**result, "checkpoint": checkpoint}

@@ -46,6 +46,7 @@ class ProxyConfig:
     validation_tokens: tokens of the validation split that the loss is taken over.
     precision: auto computes in bfloat16 where the device does so fast.
     time_limit_s: a candidate that trains longer has failed.
+    warm_start: a child begins with its parent's weights, as far as they fit (`search.warm_start`).
     """
 
     rung_tokens: tuple[Positive, ...]
@@ -56,6 +57,7 @@ class ProxyConfig:
     optimizer: OptimizerConfig
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -100,6 +102,8 @@ class ProxyResult:
 class ProxyTraining:
     """A candidate in training.
 
+    parent: architecture and checkpoint whose weights it begins with, as far as they fit.
+
     The same arguments give the same weights on the same device with the same number of threads,
     however often the training was saved and loaded in between.
 
@@ -107,10 +111,16 @@ class ProxyTraining:
     """
 
     def __init__(
-        self, architecture: Architecture, corpus: PackedCorpus, config: ProxyConfig, seed: int
+        self,
+        architecture: Architecture,
+        corpus: PackedCorpus,
+        config: ProxyConfig,
+        seed: int,
+        parent: tuple[Architecture, Path] | None = None,
     ) -> None:
         import torch
 
+        from search.warm_start import inherit
         from slm.data.dataset import PackedDataset
         from slm.model import LanguageModel
         from slm.training.optimizer import build_optimizer
@@ -119,6 +129,8 @@ class ProxyTraining:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.model = LanguageModel(architecture).to(self.device)
+        if parent is not None:
+            inherit(self.model, parent[0], read_weights(parent[1]))
         last_step = config.num_steps(config.rung_tokens[-1])
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, last_step)
         self.step = 0
@@ -277,11 +289,24 @@ class ProxyTraining:
 def load_weights(architecture: Architecture, path: Path) -> LanguageModel:
     """The model of a training that was saved, on the GPU if there is one."""
     import torch
-    from safetensors.torch import load_file
 
     from slm.model import LanguageModel
 
     model = LanguageModel(architecture)
-    tensors = load_file(path)
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)})
+    model.load_state_dict(read_weights(path))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a training that was saved.
+
+    Raises ValueError naming a file that is not there or not whole.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no weights ({error})") from None
+    return {name: x for name, x in tensors.items() if not name.startswith(OPTIMIZER)}

@@ -338,7 +338,10 @@ class Searcher:
         return itemsize * architecture.parameters() + workload.batch_size * state_bytes
 
     def _train(self, claim: Claim, architecture: str, start: str | None) -> dict[str, Any]:
-        number = claim.proposal.number
+        number, parent = claim.proposal.number, None
+        if self.config.proxy.warm_start and claim.proposal.parent is not None:
+            inherited = self.study.records[claim.proposal.parent].result
+            parent = inherited["architecture"], inherited["checkpoint"]
 
         def on_report(progress: dict[str, Any]) -> None:
             if "warning" in progress:
@@ -352,6 +355,7 @@ class Searcher:
             architecture,
             self.config.proxy.rung_tokens[claim.rung],
             start,
+            parent,
             f"{claim.name}.safetensors",
             on_report=on_report,
             on_wait=claim.beat,

@@ -108,6 +108,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(corpus, tmp_path, damage):
         ProxyTraining(ARCHITECTURE, corpus, CONFIG, 0).load(path)
 
 
+def test_a_child_begins_where_its_parent_is(corpus, tmp_path):
+    parent = train(corpus)
+    parent.save(tmp_path / "parent.safetensors")
+    grown = Architecture.parse(f"{ARCHITECTURE} ffn(ratio=2.0)")
+    inherited = (ARCHITECTURE, tmp_path / "parent.safetensors")
+    child = ProxyTraining(grown, corpus, CONFIG, 0, inherited)
+    assert child.validate() == pytest.approx(parent.validate(), abs=1e-3)
+    assert child.tokens == 0
+    child.train(128)
+    assert child.validate() < ProxyTraining(grown, corpus, CONFIG, 0).validate() - 0.3
+    with pytest.raises(ValueError, match=r"gone\.safetensors: no weights"):
+        ProxyTraining(grown, corpus, CONFIG, 0, (ARCHITECTURE, tmp_path / "gone.safetensors"))
+
+
 def test_a_loss_that_is_not_finite_is_said(corpus):
     training = ProxyTraining(ARCHITECTURE, corpus, CONFIG, 0)
     with torch.no_grad():
