@@ -105,8 +105,8 @@ def propose(
     """The candidate that follows `history`; None when nothing new can be found."""
     number = len(history)
     rng = random.Random(f"{seed}/{number}")
-    for name in space.config.seeds:
-        if (genotype := space.seed(name)) not in history:
+    for name, genotype in space.seeds.items():
+        if genotype not in history:
             return Proposal(number, genotype, "seed", seed_name=name)
     if config.algorithm == "random" or history.num_tried < config.initial_candidates:
         return _propose_random(space, number, rng, history)

@@ -112,7 +112,7 @@ class CellEvaluator(BaseEvaluator):
     def train(self, text: str, seed: int, report: Report) -> Cell:
         """Proxy training with a seed, and the word cloze; `right` has a 1 per right answer."""
         corpus = self._set_up_training()
-        training, result = self._train(text, corpus, self.proxy.rung_tokens[-1], seed, report)
+        training, result = self._train(text, corpus, self.proxy.rung_tokens[0], seed, report)
         right = self._answer(training.model, corpus)
         return {"architecture": text, "seed": seed, **result, "right": right}
 

@@ -63,6 +63,15 @@ class StudyConfig(RuntimeConfig):
             raise ValueError(f"must differ, got {list(seeds)}")
         return seeds
 
+    @pydantic.field_validator("proxy")
+    @classmethod
+    def _check_rungs(cls, proxy: ProxyConfig) -> ProxyConfig:
+        if len(proxy.rung_tokens) != 1:
+            raise ValueError(f"rung_tokens must be one number, got {list(proxy.rung_tokens)}")
+        if proxy.warm_start:
+            raise ValueError("warm_start must be false: nothing has a parent here, got true")
+        return proxy
+
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the cells of a study to be comparable.
 

@@ -136,10 +136,16 @@ class Searcher:
         """Where checkpoints are kept."""
         return self.folder / "candidates"
 
+    @cached_property
+    def setup(self) -> dict[str, Any]:
+        """What `prepare` has settled."""
+        setup: dict[str, Any] = self.study.fact("setup")
+        return setup
+
     @property
     def target_ms(self) -> float:
         """The latency that candidates must meet."""
-        target_ms: float = self.study.fact("setup")["target_ms"]
+        target_ms: float = self.setup["target_ms"]
         return target_ms
 
     def prepare(self) -> None:
@@ -184,7 +190,6 @@ class Searcher:
             except StaleTrialError as error:
                 self.say(f"{error}; going on with the next")
                 continue
-            self.study.refresh()
             on_done(claim.proposal.number)
 
     def remove_leftovers(self) -> None:
@@ -315,13 +320,13 @@ class Searcher:
 
     def _screen_ms(self, architecture: Architecture) -> float:
         """What decides whether to measure; the reference has been measured already."""
-        reference = self.study.fact("setup")["reference"]
+        reference = self.setup["reference"]
         is_reference = architecture.digest == reference["digest"]
         return reference["latency_ms"] if is_reference else self._predict_ms(architecture)
 
     def _measure(self, claim: Claim, architecture: Architecture) -> dict[str, Any]:
         """Latency; the reference has been measured already."""
-        reference = self.study.fact("setup")["reference"]
+        reference = self.setup["reference"]
         if architecture.digest == reference["digest"]:
             return {name: reference[name] for name in MEASURED}
         measured: dict[str, Any] = self.run_job(

@@ -350,6 +350,11 @@ class SearchSpace:
         assert genotype is not None, f"seed {name} is outside the space"
         return genotype
 
+    @cached_property
+    def seeds(self) -> dict[str, Genotype]:
+        """All starts by their names."""
+        return {name: self.seed(name) for name in self.config.seeds}
+
     def find_seed(self, name: str) -> Genotype | None:
         """The named start; None outside the space."""
         seed = self.config.seeds[name]

@@ -40,3 +40,11 @@ def test_kernels(root: Path) -> None:
     assert row["ratio"] > 0
     assert row["ours_peak_mib"] > 0
     assert row["other"].startswith(("fla, chunks of", "transformers, chunks of"))
+
+
+def test_search_overhead(root: Path) -> None:
+    """Two searches that train nothing, at sizes that say nothing."""
+    results = run(root, "search_overhead", "--sizes", "4", "8")
+    for storage in ("sqlite", "journal"):
+        assert set(results[storage]["ms_per_candidate"]) == {"4", "8"}
+        assert results[storage]["resume_s"] > 0

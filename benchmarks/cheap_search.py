@@ -1,0 +1,191 @@
+"""A search whose candidates cost nothing: scores are invented, all else is a search's own.
+
+What `benchmarks/search_overhead.py` times and `benchmarks/chaos.py` kills.
+
+python benchmarks/cheap_search.py FOLDER --candidates 100 --storage journal
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import signal
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from omegaconf import open_dict
+
+from search import run
+from search.config import SearchConfig, read_config
+from search.run import Search
+from search.searcher import Searcher
+from search.worker import Report, Worker
+from slm.architecture import Architecture
+from slm.config import compose
+
+VOCAB_SIZE = 4096
+TARGET_MS = 12.0
+RUNG_TOKENS = (125_000, 500_000, 2_000_000)
+POINTS = 20
+
+
+@dataclass(frozen=True)
+class CheapEvaluator:
+    """Scores that follow from the architecture alone, after `seconds`."""
+
+    folder: Path
+    seconds: float
+
+    def measure(self, text: str, reference_ms: float, report: Report) -> dict[str, float | bool]:
+        """A latency in the neighbourhood of the prediction."""
+        latency_ms = predicted_ms(Architecture.parse(text)) * (0.97 + 0.06 * draw(text))
+        return {
+            "latency_ms": latency_ms,
+            "latency_low_ms": 0.99 * latency_ms,
+            "latency_high_ms": 1.01 * latency_ms,
+            "latency_raw_ms": latency_ms,
+            "latency_is_quiet": True,
+            "ttft_ms": latency_ms / 10,
+            "tpot_ms": latency_ms / 70,
+            "tokens_per_s": 64000 / latency_ms,
+        }
+
+    def train(
+        self,
+        text: str,
+        tokens: int,
+        start: str | None,
+        parent: object,
+        checkpoint: str,
+        report: Report,
+    ) -> dict[str, Any]:
+        """A loss that falls with tokens and parameters."""
+        if start is not None and not (self.folder / start).exists():
+            raise FileNotFoundError(start)
+        time.sleep(self.seconds)
+        parameters = Architecture.parse(text).parameters()
+        loss = 2.0 + 2.0 * (1e5 / tokens) ** 0.3 + (1e5 / parameters) ** 0.3 + 0.2 * draw(text)
+        (self.folder / checkpoint).touch()
+        return {
+            "loss": loss,
+            "train_loss": loss,
+            "tokens": tokens,
+            "seconds": 1.0,
+            "tokens_per_second": float(tokens),
+            "loss_curve": [(tokens * (point + 1) // POINTS, loss) for point in range(POINTS)],
+            "bits_per_byte": loss / 2.7,
+            "checkpoint": checkpoint,
+        }
+
+
+def draw(text: str) -> float:
+    """A number between 0 and 1 that follows from a text."""
+    return random.Random(hashlib.sha256(text.encode()).hexdigest()).random()
+
+
+def predicted_ms(architecture: Architecture) -> float:
+    """Invented: a part for every operator, and one for the weights."""
+    return len(architecture.operators) + architecture.parameters() / 5e5
+
+
+class CheapSearcher(Searcher):
+    """A searcher that neither prepares a corpus nor measures a table."""
+
+    seconds = 0.0
+
+    @cached_property
+    def corpus(self) -> Any:
+        """Of which the vocabulary's size is all that there is."""
+        return SimpleNamespace(vocab_size=VOCAB_SIZE, train=range(10**6))
+
+    @cached_property
+    def tables(self) -> Any:
+        """What is asked for is the reference's time."""
+        return {self.config.space.meta_tokens[0]: SimpleNamespace(reference_ms=1.0)}
+
+    def _predict_ms(self, architecture: Architecture) -> float:
+        return predicted_ms(architecture)
+
+    @cached_property
+    def worker(self) -> Worker:
+        """The process that invents scores."""
+        worker = Worker(CheapEvaluator(self.candidates_folder, self.seconds))
+        self.resources.callback(worker.close)
+        return worker
+
+    def _setup(self) -> dict[str, Any]:
+        reference = self.space.reference(VOCAB_SIZE)
+        return {
+            "target_ms": TARGET_MS,
+            "target_source": "given",
+            "reference": {
+                "name": self.config.space.reference.seed,
+                "architecture": str(reference),
+                "digest": reference.digest,
+                "parameters": reference.parameters(),
+                **self.run_job("measure", str(reference), 1.0),
+            },
+            "table": "",
+            "started_at": "",
+            "vocab_size": VOCAB_SIZE,
+            "train_tokens": 10**6,
+            "validation_tokens": 10**5,
+            "bytes_per_token": 3.0,
+        }
+
+
+def cheap_search(
+    folder: Path, num_candidates: int, storage: str, *overrides: str, seconds: float = 0.0
+) -> Search:
+    """A search of the demo's space on three rungs, to be run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    CheapSearcher.seconds = seconds
+    run.Searcher = CheapSearcher  # type: ignore[misc]
+    return Search(config(num_candidates, storage, *overrides), folder)
+
+
+def config(num_candidates: int, storage: str, *overrides: str) -> SearchConfig:
+    """What `python -m search` would be configured by."""
+    composed = compose(
+        "search",
+        [
+            f"num_candidates={num_candidates}",
+            f"storage={storage}",
+            f"proxy.rung_tokens={list(RUNG_TOKENS)}",
+            "cloze_items=0",
+            "protocol.compile_unit=eager",
+            *overrides,
+        ],
+    )[0]
+    with open_dict(composed):
+        del composed["hydra"]
+    return read_config(composed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of the run")
+    parser.add_argument("--candidates", type=int, default=100)
+    parser.add_argument("--storage", default="journal", choices=("sqlite", "journal"))
+    parser.add_argument("--seconds", type=float, default=0.0, help="that each training takes")
+    parser.add_argument("overrides", nargs="*", help="of configs/search.yaml")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cheap_search(
+        arguments.folder,
+        arguments.candidates,
+        arguments.storage,
+        *arguments.overrides,
+        seconds=arguments.seconds,
+    ).run()
+
+
+if __name__ == "__main__":
+    main()
