@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", type=int, default=10, help="how many")
     parser.add_argument("--minutes", type=float, default=30.0, help="between the two")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, default=40.0, help="most time for each")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="decides the models")
     return parser.parse_args()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -174,13 +175,18 @@ def profile(
             is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
             measure = _measure_whole if is_whole else _measure_sampled
             placements = _num_placements(request, is_whole, time.monotonic() - begin_s, protocol)
-            share = replace(protocol, max_seconds=protocol.max_seconds / placements)
+            share = _share(protocol, placements)
             meter = CpuMeter()
+            begin_s = time.monotonic()
             times = [measure(request, reference, share)]
-        # None is given back before the last is made, so that each gets memory of its own.
-        held = [(request, reference)]
+        # Kept until as many others were made, so that each gets memory of its own.
+        held = deque([(request, reference)], maxlen=placements)
         with quiet(device):
-            while len(times) < placements:
+            while len(times) < placements or (
+                placements > 1
+                and time.monotonic() - begin_s < protocol.max_seconds
+                and not _is_narrow(times, protocol.max_interval_percent)
+            ):
                 request = Request(architecture, workload, device, unit, seed)
                 held.append((request, reference_request(device, unit)))
                 times.append(measure(*held[-1], share))
@@ -188,11 +194,7 @@ def profile(
     context = architecture.meta_tokens + workload.max_tokens
     state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
     percent = protocol.max_interval_percent
-
-    def pooled(name: str) -> Measurement:
-        return Measurement.from_placements([getattr(each, name) for each in times], percent)
-
-    request_ms, ratio = pooled("request"), pooled("ratio")
+    request_ms, ratio = _pooled(times, "request", percent), _pooled(times, "ratio", percent)
     reference_samples = np.concatenate([each.reference for each in times])
     timings = [timing for each in times for timing in each.timings]
     return Profile(
@@ -201,8 +203,8 @@ def profile(
         device=device,
         protocol=protocol,
         request_ms=request_ms,
-        ttft_ms=pooled("ttft"),
-        tpot_ms=pooled("tpot"),
+        ttft_ms=_pooled(times, "ttft", percent),
+        tpot_ms=_pooled(times, "tpot", percent),
         reference_ms=Measurement.from_samples(reference_samples, percent, request_ms.quiet),
         drift_percent=drift_percent(reference_samples),
         request_per_reference=ratio.median_ms,
@@ -213,7 +215,7 @@ def profile(
         state_bytes=workload.batch_size * state_bytes,
         peak_memory_bytes=memory.bytes,
         other_cpus_busy=other_cpus_busy,
-        placements=placements,
+        placements=len(times),
         repeats=sum(timing.repeats for timing in timings),
         disturbed_rounds=dict(
             sum((Counter(timing.disturbed_rounds) for timing in timings), Counter())
@@ -238,6 +240,33 @@ def _num_placements(
     seconds = seconds_to_make + rounds * round_ms / 1000
     count = min(protocol.placements, int(protocol.max_seconds / seconds))
     return count if count >= MIN_PLACEMENTS else 1
+
+
+def _share(protocol: Protocol, placements: int) -> Protocol:
+    """How carefully to measure in each of so many placements.
+
+    Errors of rounds average out between placements: half of what is left for the interval is for
+    them, the rest for what differs between placements.
+    """
+    return replace(
+        protocol,
+        max_seconds=protocol.max_seconds / placements,
+        max_interval_percent=protocol.max_interval_percent * max(1.0, math.sqrt(placements) / 2),
+    )
+
+
+def _pooled(times: list[_Times], name: str, max_interval_percent: float) -> Measurement:
+    """One of the quantities, over all placements."""
+    return Measurement.from_placements(
+        [getattr(each, name) for each in times], max_interval_percent
+    )
+
+
+def _is_narrow(times: list[_Times], max_interval_percent: float) -> bool:
+    """Whether request and ratio are known as well as asked."""
+    return all(
+        _pooled(times, name, max_interval_percent).converged for name in ("request", "ratio")
+    )
 
 
 def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> _Times:

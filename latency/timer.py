@@ -57,8 +57,9 @@ class Protocol:
 
     max_interval_percent: half width of the median's 95 % interval at which a measurement is done.
     max_seconds: time for a measurement; after it, the record says that it did not converge.
-    placements: how often the model that is measured is made anew, `max_seconds` / `placements` for
-        each; as often as there is time, or not at all, where making or running it takes longer.
+    placements: how often at least the model that is measured is made anew, with up to
+        `max_seconds` / `placements` for each; as often as there is time, or not at all, where
+        making or running it takes longer.
     max_rounds: most samples of a measurement.
     max_repeats: how often a measurement that was disturbed is repeated, `max_seconds` each time.
     warmup_rounds: untimed rounds before the first sample.

@@ -36,12 +36,15 @@ def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     device, workload, architecture, protocol
 ):
     assert profile(architecture, workload, device, protocol).placements == 1
-    slow = replace(protocol, max_seconds=60.0)
-    found = profile(architecture, workload, device, slow)
-    assert found.placements == slow.placements == 8
-    assert found.request_ms.n == 8 * MIN_ROUNDS
+    easy = replace(protocol, max_seconds=60.0, max_interval_percent=1e6)
+    found = profile(architecture, workload, device, easy)
+    # With this percentage nothing is narrow but what converges to WIDEST_PERCENT.
+    assert found.placements >= easy.placements == 8
+    assert found.request_ms.n == found.placements * MIN_ROUNDS
+    hard = replace(protocol, max_seconds=2.0, max_interval_percent=1e-6)
+    assert profile(architecture, workload, device, hard).placements > 8
     # There is no time for four.
-    assert profile(architecture, workload, device, replace(slow, max_seconds=1e-3)).placements == 1
+    assert profile(architecture, workload, device, replace(easy, max_seconds=1e-3)).placements == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,186 @@
+"""Kills and freezes the workers of a search at random moments, and counts what came to harm.
+
+Several processes work on one study of cheap candidates (benchmarks/cheap_search.py), each as if
+started by hand. At random moments one is ended by SIGKILL and started again; or it is stopped by
+SIGSTOP until its lease is over and others have taken up its candidate, and woken by SIGCONT. In the
+end the storage is read by plain Optuna:
+
+lost: candidates that have no score. doubled: scores beyond the first for a candidate and rung.
+late_writes_accepted: trials that were taken from a stopped process and that it changed after all.
+
+python benchmarks/chaos.py
+python benchmarks/chaos.py --kills 10 --stops 2 --candidates 150
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from latency.device import Device
+from search.study import StorageConfig
+
+LEASE_SECONDS = 2.0
+TRAINING_SECONDS = 0.2
+# Between two blows.
+MEAN_PAUSE_SECONDS = 1.5
+# For a search to go on to its end, once it is left in peace.
+MAX_SECONDS_TO_FINISH = 1800.0
+
+console = Console(stderr=True)
+
+
+class Workers:
+    """Processes that work on one study; those that end are started again unless all is done."""
+
+    def __init__(self, folder: Path, count: int, candidates: int, storage: str) -> None:
+        self.folder = folder
+        self.command = [
+            *(sys.executable, str(Path(__file__).parent / "cheap_search.py"), str(folder)),
+            *("--candidates", str(candidates), "--storage", storage),
+            *("--seconds", str(TRAINING_SECONDS), f"storage.lease_seconds={LEASE_SECONDS}"),
+        ]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for _ in range(count):
+            self.start()
+
+    def start(self) -> None:
+        """One more."""
+        with (self.folder / "log").open("ab") as log:
+            self.processes.append(subprocess.Popen(self.command, stdout=log, stderr=log))
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """End one for good, and start another."""
+        process.kill()
+        process.wait()
+        self.processes.remove(process)
+        self.start()
+
+    def wait(self) -> None:
+        """Until all have come to the end of the search."""
+        deadline = time.monotonic() + MAX_SECONDS_TO_FINISH
+        for process in self.processes:
+            code = process.wait(deadline - time.monotonic())
+            assert code == 0, f"a worker ended with code {code}: {self.folder / 'log'}"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workers = Workers(folder, arguments.workers, arguments.candidates, arguments.storage)
+        wait_for_study(folder, arguments.storage)
+        blows = ["kill"] * arguments.kills + ["stop"] * arguments.stops
+        rng.shuffle(blows)
+        taken: set[int] = set()
+        for number, blow in enumerate(blows, start=1):
+            time.sleep(rng.expovariate(1 / MEAN_PAUSE_SECONDS))
+            process = rng.choice(workers.processes)
+            if process.poll() is not None:
+                raise SystemExit("the search came to its end too early: more --candidates")
+            if blow == "kill":
+                workers.kill(process)
+            else:
+                taken |= stop(process, folder, arguments.storage)
+            console.print(f"{number}/{len(blows)} {blow}")
+        workers.wait()
+        trials = read_trials(folder, arguments.storage)
+    numbers = {trial.user_attrs["candidate"] for trial in trials}
+    scores = Counter(
+        (trial.user_attrs["candidate"], trial.user_attrs["rung"])
+        for trial in trials
+        if trial.state == TrialState.COMPLETE
+    )
+    results = {
+        "kills": arguments.kills,
+        "stops": arguments.stops,
+        "lost": len(numbers - infeasible(trials) - {number for number, _ in scores}),
+        "doubled": sum(count - 1 for count in scores.values()),
+        "late_writes_accepted": sum(
+            trial.state != TrialState.FAIL for trial in trials if trial.number in taken
+        ),
+    }
+    environment = {
+        **Device.current(threads=1, kind="cpu").describe(),
+        "storage": arguments.storage,
+        "workers": arguments.workers,
+        "candidates": len(numbers),
+        "trials": len(trials),
+        "trials_taken_from_stopped_processes": len(taken),
+        "seed": arguments.seed,
+    }
+    print(json.dumps({"benchmark": "chaos", "results": results, "environment": environment}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=1500)
+    parser.add_argument("--storage", default="journal", choices=("sqlite", "journal"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="only 1")
+    return parser.parse_args()
+
+
+def wait_for_study(folder: Path, storage: str) -> None:
+    """Until the first candidate is scored."""
+    while True:
+        try:
+            if any(t.state == TrialState.COMPLETE for t in read_trials(folder, storage)):
+                return
+        except KeyError:
+            # There is no study yet.
+            pass
+        time.sleep(0.5)
+
+
+def read_trials(folder: Path, storage: str) -> list[FrozenTrial]:
+    """All trials but those that were dropped before they ran."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.load_study(study_name="search", storage=StorageConfig(kind=storage).open(folder))
+    return [trial for trial in study.trials if "dropped" not in trial.user_attrs]
+
+
+def stop(process: subprocess.Popen[bytes], folder: Path, storage: str) -> set[int]:
+    """Stop a process past its lease; the trials that were taken from it meanwhile."""
+    os.kill(process.pid, signal.SIGSTOP)
+    owned = {
+        trial.number
+        for trial in read_trials(folder, storage)
+        if trial.state == TrialState.RUNNING and trial.user_attrs["owner"]["pid"] == process.pid
+    }
+    time.sleep(2 * LEASE_SECONDS)
+    lost = {
+        trial.number
+        for trial in read_trials(folder, storage)
+        if trial.number in owned and trial.state == TrialState.FAIL
+    }
+    os.kill(process.pid, signal.SIGCONT)
+    return lost
+
+
+def infeasible(trials: list[FrozenTrial]) -> set[int]:
+    """Candidates that are too slow at any width."""
+    return {t.user_attrs["candidate"] for t in trials if t.state == TrialState.PRUNED}
+
+
+if __name__ == "__main__":
+    main()
