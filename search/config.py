@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
@@ -37,7 +38,7 @@ class SearchConfig(RuntimeConfig):
     workers: processes that evaluate candidates side by side; they take the visible GPUs in turn.
         More may be started by hand, here or elsewhere, with the same command and storage.
     latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
-        choice.
+        choice, several workers share the cores.
     """
 
     space: SpaceConfig
@@ -78,6 +79,13 @@ class SearchConfig(RuntimeConfig):
             )
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def threads_to_train(self) -> int | None:
+        """CPU threads of each worker: of torch's choice each would take all cores."""
+        if self.training_threads is None and self.workers > 1:
+            return max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.training_threads
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the scores of a search to be comparable."""

@@ -20,6 +20,7 @@ from search.report_figures import (
     MIXER_COLORS,
     frontier_figure,
     progress_figure,
+    rungs_figure,
     training_figure,
 )
 from search.results import is_scored
@@ -79,10 +80,12 @@ def report_content(run_folder: Path) -> dict[str, Any]:
         "members": members,
         "chosen": chosen,
         "reasons": reasons(chosen, scored, members, search) if chosen else [],
+        "lineage": lineage(chosen, candidates) if chosen else [],
         "trained": _read_json(run_folder / "train" / "result.json"),
         "export": _read_json(run_folder / "export.json"),
         "figures": {
             "frontier": frontier_figure(search, scored, members, chosen),
+            "rungs": rungs_figure(scored, chosen),
             "progress": progress_figure(scored, frontier.get("hypervolume_history", [])),
             "training": training_figure(curve),
         },
@@ -114,6 +117,14 @@ def reasons(
             f"{plain['latency_ms']:.2f} ms after the same number of training tokens."
         )
     return found
+
+
+def lineage(chosen: Record, candidates: list[Record]) -> list[Record]:
+    """The chosen one and its ancestors, the first of them first."""
+    line = [chosen]
+    while line[0]["parent"] is not None:
+        line.insert(0, candidates[line[0]["parent"]])
+    return line
 
 
 def operator_name(text: str) -> str:

@@ -89,6 +89,42 @@ def progress_figure(scored: list[Record], history: list[list[float]]) -> str | N
     return _html(figure, height=340)
 
 
+def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
+    """Loss after each rung of the candidates that climbed; None if none did."""
+    climbed = [record for record in scored if len(record["rungs"]) > 1]
+    if not climbed:
+        return None
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    lowest = [record for record in scored if len(record["rungs"]) == 1]
+    figure.add_trace(
+        go.Scatter(
+            x=[record["rungs"][0]["tokens"] for record in lowest],
+            y=[record["rungs"][0]["loss"] for record in lowest],
+            mode="markers",
+            name="left on the first rung",
+            marker={"color": QUIET, "size": 6},
+        )
+    )
+    for record in sorted(climbed, key=lambda record: record is chosen):
+        is_chosen = record is chosen
+        figure.add_trace(
+            go.Scatter(
+                x=[each["tokens"] for each in record["rungs"]],
+                y=[each["loss"] for each in record["rungs"]],
+                mode="lines+markers",
+                name=f"#{record['number']}{', chosen' if is_chosen else ''}",
+                text=record["short"],
+                line={"color": ACCENT if is_chosen else LINE, "width": 3 if is_chosen else 1},
+                showlegend=is_chosen,
+            )
+        )
+    figure.update_xaxes(title="tokens trained on", type="log")
+    figure.update_yaxes(title="validation loss, nats per token")
+    return _html(figure, height=380)
+
+
 def training_figure(curve: list[dict[str, float]]) -> str | None:
     """Training and validation loss of the winner; None before it is trained."""
     if not curve:

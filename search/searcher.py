@@ -124,7 +124,7 @@ class Searcher:
                 proxy=self.config.proxy,
                 seed=self.config.seed,
                 latency_threads=self.config.latency_threads,
-                training_threads=self.config.training_threads,
+                training_threads=self.config.threads_to_train,
             ),
             visible_devices(self.index),
         )

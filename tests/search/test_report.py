@@ -38,6 +38,7 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
         "loss": loss,
         "bits_per_byte": loss / 2.7,
         "best_so_far": number == 0,
+        "rungs": [{"tokens": 1000, "loss": loss, "finished_at": "2026-01-01T00:00:00Z"}],
         "accuracy": 0.41,
         "accuracy_low": 0.38,
         "accuracy_high": 0.44,
@@ -121,6 +122,24 @@ def test_figures_hold_every_scored_candidate(run_folder: Path) -> None:
     figure = report_content(run_folder)["figures"]["frontier"]
     for loss in (5.0, 5.5, 4.5, 6.0):
         assert re.search(rf'"y":\[[^\]]*\b{loss}\b', figure), loss
+
+
+def test_ancestors_and_rungs_are_shown(run_folder: Path) -> None:
+    content = report_content(run_folder)
+    assert [record["number"] for record in content["lineage"]] == [0]
+    assert content["figures"]["rungs"] is None
+    path = run_folder / "candidates.json"
+    candidates = json.loads(path.read_text())
+    candidates[1] |= {"parent": 3, "factor": "ratio"}
+    candidates[0] |= {"parent": 1, "factor": "order"}
+    candidates[0]["rungs"].append({"tokens": 4000, "loss": 4.0, "finished_at": ""})
+    path.write_text(json.dumps(candidates))
+    content = report_content(run_folder)
+    assert [record["number"] for record in content["lineage"]] == [3, 1, 0]
+    assert '"x":[1000,4000]' in content["figures"]["rungs"]
+    page = Page(write_report(run_folder))
+    assert "Its lineage" in page.text
+    assert "From rung to rung" in page.text
 
 
 def test_training_and_export_appear_once_there(run_folder: Path) -> None:
