@@ -19,6 +19,7 @@ from search.report_figures import (
     FFN_COLOR,
     MIXER_COLORS,
     frontier_figure,
+    hypervolume_figure,
     progress_figure,
     rungs_figure,
     training_figure,
@@ -86,7 +87,8 @@ def report_content(run_folder: Path) -> dict[str, Any]:
         "figures": {
             "frontier": frontier_figure(search, scored, members, chosen),
             "rungs": rungs_figure(scored, chosen),
-            "progress": progress_figure(scored, frontier.get("hypervolume_history", [])),
+            "progress": progress_figure(scored),
+            "hypervolume": hypervolume_figure(frontier.get("hypervolume_history", [])),
             "training": training_figure(curve),
         },
     }

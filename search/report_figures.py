@@ -56,37 +56,45 @@ def frontier_figure(
     return _html(figure, height=460, script=True)
 
 
-def progress_figure(scored: list[Record], history: list[list[float]]) -> str | None:
-    """Loss of each candidate in order, the best so far, and the hypervolume; None before two.
-
-    history: (candidate, tokens, hypervolume) whenever a loss was found.
-    """
+def progress_figure(scored: list[Record]) -> str | None:
+    """Loss of each candidate in order, and the best so far; None before two."""
     if len(scored) < 2:
         return None
     import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
 
-    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    figure = go.Figure()
     figure.add_trace(_trace(go, scored, "number", "loss", "candidate", "markers", QUIET))
     best = [record for record in scored if record["best_so_far"]]
     last = {**best[-1], "number": scored[-1]["number"]} if best else None
     steps = [*best, last] if last else best
     trace = _trace(go, steps, "number", "loss", "best within the target", "lines", ACCENT)
     figure.add_trace(trace.update(line={"shape": "hv", "color": ACCENT}))
-    if history:
-        figure.add_trace(
-            go.Scatter(
-                x=[number for number, _, _ in history],
-                y=[volume for _, _, volume in history],
-                name="hypervolume (right)",
-                line={"color": LINE, "width": 1.5, "dash": "dot"},
-            ),
-            secondary_y=True,
-        )
     figure.update_xaxes(title="candidate")
-    figure.update_yaxes(title="validation loss, nats per token", secondary_y=False)
-    figure.update_yaxes(title="hypervolume", showgrid=False, secondary_y=True)
+    figure.update_yaxes(title="validation loss, nats per token")
     return _html(figure, height=340)
+
+
+def hypervolume_figure(history: list[list[float]]) -> str | None:
+    """Hypervolume over the tokens that all candidates were trained on; None before two losses.
+
+    history: (candidate, tokens, hypervolume) whenever a loss was found.
+    """
+    if len(history) < 2:
+        return None
+    import plotly.graph_objects as go
+
+    figure = go.Figure(
+        go.Scatter(
+            x=[tokens for _, tokens, _ in history],
+            y=[volume for _, _, volume in history],
+            text=[f"#{number}" for number, _, _ in history],
+            mode="lines",
+            line={"color": LINE, "shape": "hv"},
+        )
+    )
+    figure.update_xaxes(title="tokens that all candidates were trained on")
+    figure.update_yaxes(title="hypervolume, nats · ms")
+    return _html(figure, height=300)
 
 
 def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
