@@ -50,8 +50,9 @@ class Workers:
         self.folder = folder
         self.command = [
             *(sys.executable, str(Path(__file__).parent / "cheap_search.py"), str(folder)),
+            f"storage.lease_seconds={LEASE_SECONDS}",
             *("--candidates", str(candidates), "--storage", storage),
-            *("--seconds", str(TRAINING_SECONDS), f"storage.lease_seconds={LEASE_SECONDS}"),
+            *("--seconds", str(TRAINING_SECONDS)),
         ]
         self.processes: list[subprocess.Popen[bytes]] = []
         for _ in range(count):
@@ -83,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workers = Workers(folder, arguments.workers, arguments.candidates, arguments.storage)
-        wait_for_study(folder, arguments.storage)
+        wait_for_study(workers, folder, arguments.storage)
         blows = ["kill"] * arguments.kills + ["stop"] * arguments.stops
         rng.shuffle(blows)
         taken: set[int] = set()
@@ -140,9 +141,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def wait_for_study(folder: Path, storage: str) -> None:
+def wait_for_study(workers: Workers, folder: Path, storage: str) -> None:
     """Until the first candidate is scored."""
     while True:
+        if all(process.poll() is not None for process in workers.processes):
+            raise SystemExit(f"no worker lives: {(folder / 'log').read_text()}")
         try:
             if any(t.state == TrialState.COMPLETE for t in read_trials(folder, storage)):
                 return
