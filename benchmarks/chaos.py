@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from latency.device import Device
-from search.study import StorageConfig
+from search.storage import StorageConfig
 
 LEASE_SECONDS = 2.0
 TRAINING_SECONDS = 0.2

@@ -2,7 +2,7 @@
 
 Each hybrid of configs/space/hybrid_bench.yaml is trained on Shakespeare's plays, its validation
 loss is taken at thirteen budgets up to a million tokens, and its decoding latency is measured on
-this CPU. The table is benchmarks/hybrid_bench.parquet; benchmarks/hybrid_bench.md describes it.
+this CPU. The table goes to benchmarks/hybrid_bench.parquet; its metadata say what it was made with.
 
 What is done is kept in the run folder, so the same command goes on where it stopped; training
 waits while something else on this machine measures latencies.
@@ -99,7 +99,16 @@ def main() -> None:
     train_all(runs(texts), corpus.folder.resolve(), curves, arguments.processes)
     if not arguments.no_latency:
         measure_all(texts, latencies)
-        write_table(texts, curves, latencies, space)
+        results = write_table(texts, curves, latencies, space)
+        print(
+            json.dumps(
+                {
+                    "benchmark": "hybrid_bench",
+                    "results": results,
+                    "environment": Device.current(threads=1, kind="cpu").describe(),
+                }
+            )
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -188,8 +197,10 @@ def measure_all(texts: list[str], latencies: Path) -> None:
         console.print(f"{number}/{len(missing)} {row['latency_ms']:.2f} ms: {text}")
 
 
-def write_table(texts: list[str], curves: Path, latencies: Path, space: SearchSpace) -> None:
-    """The table: a row per hybrid and seed."""
+def write_table(
+    texts: list[str], curves: Path, latencies: Path, space: SearchSpace
+) -> dict[str, Any]:
+    """Write the table, a row per hybrid and seed; how large it is."""
     rows = []
     for text, seed in sorted(runs(texts)):
         architecture = Architecture.parse(text)
@@ -224,7 +235,7 @@ def write_table(texts: list[str], curves: Path, latencies: Path, space: SearchSp
     temporary = TABLE.with_name(f".{TABLE.name}.{os.getpid()}")
     pq.write_table(table, temporary, compression="zstd")
     os.replace(temporary, TABLE)
-    console.print(f"{TABLE}: {len(rows)} rows")
+    return {"hybrids": len(texts), "rows": len(rows), "budgets": list(BUDGETS)}
 
 
 def latency_path(latencies: Path, text: str) -> Path:

@@ -14,7 +14,7 @@ from latency.workload import Workload
 from search.evolution import EvolutionConfig
 from search.proxy import ProxyConfig
 from search.space import SpaceConfig
-from search.study import StorageConfig
+from search.storage import StorageConfig
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.plugins import plugin_digests

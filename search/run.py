@@ -79,7 +79,7 @@ class Search:
             f"corpus: {len(corpus.train):,} tokens to train on, vocabulary {corpus.vocab_size}"
         )
         self.searcher.prepare()
-        setup = self.study.fact("setup")
+        setup = self.searcher.setup
         self.progress.target_ms = setup["target_ms"]
         source = setup["reference"] if setup["target_source"] == "reference" else None
         name = f", that of the {source['name']} ({format_latency(source)})" if source else ""

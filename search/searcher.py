@@ -227,6 +227,8 @@ class Searcher:
             )
             if step is None:
                 if not self.study.num_running:
+                    if self.study.history.num_tried < self.config.num_candidates:
+                        self.say("the space has no further architecture that can be reached")
                     return None
                 self.live("waiting for the others")
                 time.sleep(IDLE_SECONDS)

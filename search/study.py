@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sqlite3
 import time
 import warnings
 from collections import Counter
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import psutil
@@ -38,13 +37,13 @@ from optuna.trial import FrozenTrial, TrialState
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal, State
 from search.space import SearchSpace
-from slm.config import ConfigError, schema
+from search.storage import StorageConfig
+from slm.config import ConfigError
 
 # A candidate whose owners died so often on one rung is taken to kill them.
 MAX_ATTEMPTS = 3
 # A lease is renewed when so much of it is over.
 RENEWAL_SHARE = 0.25
-MIN_LEASE_SECONDS = 1.0
 # What `optuna.Trial.set_constraint` calls a constraint: above zero it is missed.
 CONSTRAINT = "constraints:latency_over_target_ms"
 # Of a proposal, what is stored as it is.
@@ -55,60 +54,6 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "infeasible",
     TrialState.FAIL: "failed",
 }
-
-
-@schema
-class StorageConfig:
-    """Where the study lives.
-
-    kind: sqlite and journal are files of the run's folder, for processes on one machine: journal
-        is the faster for many. postgresql serves many machines, and needs its url.
-    lease_seconds: an owner that has been silent for so long has lost its candidate. The clocks of
-        machines that share a study must agree to well within it.
-    """
-
-    kind: Literal["sqlite", "journal", "postgresql"]
-    url: str | None = None
-    lease_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if (self.url is not None) != (self.kind == "postgresql"):
-            needs = "needs" if self.url is None else "takes no"
-            problems.append(f"url: {self.kind} storage {needs} url, got {self.url!r}")
-        if self.lease_seconds < MIN_LEASE_SECONDS:
-            problems.append(
-                f"lease_seconds: must be >= {MIN_LEASE_SECONDS:g}, got {self.lease_seconds:g}"
-            )
-        if problems:
-            raise ConfigError(problems)
-
-    def open(self, run_folder: Path) -> optuna.storages.BaseStorage:
-        """Connect."""
-        if self.kind == "journal":
-            from optuna.storages.journal import JournalFileBackend
-
-            backend = JournalFileBackend(str(run_folder / "journal.log"))
-            return optuna.storages.JournalStorage(backend)
-        if self.kind == "sqlite":
-            return optuna.storages.RDBStorage(
-                f"sqlite:///{run_folder / 'study.db'}",
-                engine_kwargs={"connect_args": {"timeout": 60, "factory": _Connection}},
-            )
-        assert self.url is not None
-        return optuna.storages.RDBStorage(self.url)
-
-
-class _Connection(sqlite3.Connection):
-    """Writes to a log first, and waits for the disk when the log is full.
-
-    A process that is killed loses nothing; a power cut may lose the last seconds, whole.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.execute("PRAGMA journal_mode=WAL")
-        self.execute("PRAGMA synchronous=NORMAL")
 
 
 @dataclass(frozen=True)
@@ -275,11 +220,15 @@ class Study:
             else:
                 # Its lease may have been renewed.
                 self._open[trial.number] = trial
+            trials = self._trials.setdefault(number, {})
             if "dropped" in trial.user_attrs:
-                self._trials[number].pop(trial.number, None)
+                trials.pop(trial.number, None)
                 changed.add(number)
+            elif _is_other(trial, trials):
+                # Of two proposals of one number the earlier stands, even if its owner died since.
+                continue
             elif is_new or trial.state.is_finished():
-                self._trials.setdefault(number, {})[trial.number] = trial
+                trials[trial.number] = trial
                 changed.add(number)
         for number in sorted(changed):
             record = _record(list(self._trials[number].values()))
@@ -473,7 +422,7 @@ def _record(trials: Sequence[FrozenTrial]) -> Record:
         proposal=_proposal(trial),
         state=state,
         rung=rung,
-        losses=tuple(each.values[0] for each in done),
+        losses=tuple(each["loss"] for each in results),
         results=tuple(results),
         result=json.loads(last) if last else results[-1] if results else {},
         error=error,
@@ -482,6 +431,12 @@ def _record(trials: Sequence[FrozenTrial]) -> Record:
         started_at=_utc(trials[0].datetime_start),
         finished_at=_utc(trial.datetime_complete) if state != "waiting" else None,
     )
+
+
+def _is_other(trial: FrozenTrial, trials: Mapping[int, FrozenTrial]) -> bool:
+    """Whether it is of another architecture than the earliest trial of the candidate."""
+    first = trials[min(trials)] if trials else trial
+    return bool(first.user_attrs["genotype"] != trial.user_attrs["genotype"])
 
 
 def _standing(trials: Iterable[FrozenTrial], rung: int) -> FrozenTrial | None:

@@ -22,7 +22,7 @@ from search.evaluate import Evaluator
 from search.proxy import load_weights
 from search.results import WORST_LATENCY_TARGETS
 from search.run import Search
-from search.study import StorageConfig
+from search.storage import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
 from slm.config import compose, read

@@ -14,7 +14,8 @@ from small_space import space_config
 from search.evolution import EvolutionConfig, propose
 from search.history import Promotion, Proposal
 from search.space import SearchSpace
-from search.study import MAX_ATTEMPTS, Owner, StaleTrialError, StorageConfig, Study
+from search.storage import StorageConfig
+from search.study import MAX_ATTEMPTS, Owner, StaleTrialError, Study
 from slm.config import ConfigError, read
 
 SPACE = SearchSpace(space_config())
@@ -239,6 +240,27 @@ def test_the_later_of_two_trials_of_one_number_is_dropped(tmp_path):
     (record,) = records(second)
     assert record.proposal == proposals[0]
     assert record.attempts == 1
+
+
+def test_of_two_proposals_of_one_number_the_earlier_stands_though_its_owner_died(tmp_path):
+    first, second = open_study("sqlite", tmp_path), open_study("sqlite", tmp_path)
+    rng = random.Random(0)
+    proposals = [Proposal(0, SPACE.sample(rng), "random") for _ in range(2)]
+    claim = first.propose(proposals[0])
+    # Dead before the other has looked at whether there is an earlier one.
+    claim._storage.set_trial_state_values(claim._trial_id, optuna.trial.TrialState.FAIL)
+    assert second.propose(proposals[1]) is None
+    (record,) = records(first)
+    assert (record.state, record.proposal) == ("waiting", proposals[0])
+    assert second.take_queued().proposal == proposals[0]
+
+
+def test_losses_are_what_was_recorded_as_loss_wherever_it_stands(tmp_path):
+    study = Study.open(
+        StorageConfig(kind="sqlite"), tmp_path, "test", IDENTITY, SPACE, ("latency_ms", "loss")
+    )
+    claim_next(study).complete((2.0, 1.5), {"loss": 1.5, "latency_ms": 2.0}, excess_ms=-1.0)
+    assert records(study)[0].losses == (1.5,)
 
 
 def test_another_search_under_the_same_name_is_refused_and_told_what_differs(tmp_path):
