@@ -100,9 +100,9 @@ def main() -> None:
             console.print(f"{number}/{len(blows)} {blow}")
         workers.wait()
         trials = read_trials(folder, arguments.storage)
-    numbers = {trial.user_attrs["candidate"] for trial in trials}
+    numbers = {trial.user_attrs["proposal"]["number"] for trial in trials}
     scores = Counter(
-        (trial.user_attrs["candidate"], trial.user_attrs["rung"])
+        (trial.user_attrs["proposal"]["number"], trial.user_attrs["claim"]["rung"])
         for trial in trials
         if trial.state == TrialState.COMPLETE
     )
@@ -168,7 +168,8 @@ def stop(process: subprocess.Popen[bytes], folder: Path, storage: str) -> set[in
     owned = {
         trial.number
         for trial in read_trials(folder, storage)
-        if trial.state == TrialState.RUNNING and trial.user_attrs["owner"]["pid"] == process.pid
+        if trial.state == TrialState.RUNNING
+        and trial.user_attrs["claim"]["owner"]["pid"] == process.pid
     }
     time.sleep(2 * LEASE_SECONDS)
     lost = {
@@ -182,7 +183,7 @@ def stop(process: subprocess.Popen[bytes], folder: Path, storage: str) -> set[in
 
 def infeasible(trials: list[FrozenTrial]) -> set[int]:
     """Candidates that are too slow at any width."""
-    return {t.user_attrs["candidate"] for t in trials if t.state == TrialState.PRUNED}
+    return {t.user_attrs["proposal"]["number"] for t in trials if t.state == TrialState.PRUNED}
 
 
 if __name__ == "__main__":

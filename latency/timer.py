@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from latency.clock import Clock, Sample, clock_of
 from latency.device import Device
@@ -145,11 +144,13 @@ class Measurement:
 
         Its interval is Student's, from how far they differ; of one placement, that of its rounds.
         """
+        from scipy.special import stdtrit
+
         if len(placements) == 1:
             return placements[0]
         medians = np.array([each.median_ms for each in placements])
         mean, count = medians.mean(), len(medians)
-        half_width = stats.t.ppf(0.975, count - 1) * medians.std(ddof=1) / math.sqrt(count)
+        half_width = stdtrit(count - 1, 0.975) * medians.std(ddof=1) / math.sqrt(count)
         return cls(
             median_ms=float(mean),
             low_ms=float(mean - half_width),

@@ -46,8 +46,10 @@ MAX_ATTEMPTS = 3
 RENEWAL_SHARE = 0.25
 # What `optuna.Trial.set_constraint` calls a constraint: above zero it is missed.
 CONSTRAINT = "constraints:latency_over_target_ms"
-# Of a proposal, what is stored as it is.
-ORIGIN = ("origin", "seed_name", "parent", "factor")
+# Attributes of a trial: its candidate's proposal; rung, owner and when the owner was last heard of.
+# Few, since storage takes its time for each.
+PROPOSAL = "proposal"
+CLAIM = "claim"
 STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "scored",
@@ -142,9 +144,10 @@ class Study:
         self._distribution = optuna.distributions.IntDistribution(0, most)
         # Of each candidate the trials that were not dropped, all by number.
         self._trials: dict[int, dict[int, FrozenTrial]] = {}
-        # Trials that can still change; those that cannot are not looked at again.
+        # Trials that have been read, and those of them that can still change, in order; the others
+        # are not looked at again.
+        self._num_read = 0
         self._open: dict[int, FrozenTrial] = {}
-        self._settled: set[int] = set()
 
     @classmethod
     def open(
@@ -209,26 +212,29 @@ class Study:
 
     def refresh(self) -> None:
         """Read what has happened since the last time."""
+        trials = self._study.get_trials(deepcopy=False)
+        self._take([trials[number] for number in self._open] + trials[self._num_read :])
+
+    def _take(self, trials: Iterable[FrozenTrial]) -> None:
+        """Take over trials, in the order of their numbers, that are new or may have changed."""
         changed: set[int] = set()
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.number in self._settled:
-                continue
-            number, is_new = trial.user_attrs["candidate"], trial.number not in self._open
+        for trial in trials:
+            number, is_new = _proposal(trial)["number"], trial.number >= self._num_read
+            self._num_read = max(self._num_read, trial.number + 1)
             if trial.state.is_finished():
-                self._settled.add(trial.number)
                 self._open.pop(trial.number, None)
             else:
                 # Its lease may have been renewed.
                 self._open[trial.number] = trial
-            trials = self._trials.setdefault(number, {})
+            others = self._trials.setdefault(number, {})
             if "dropped" in trial.user_attrs:
-                trials.pop(trial.number, None)
+                others.pop(trial.number, None)
                 changed.add(number)
-            elif _is_other(trial, trials):
+            elif _is_other(trial, others):
                 # Of two proposals of one number the earlier stands, even if its owner died since.
                 continue
             elif is_new or trial.state.is_finished():
-                trials[trial.number] = trial
+                others[trial.number] = trial
                 changed.add(number)
         for number in sorted(changed):
             record = _record(list(self._trials[number].values()))
@@ -254,11 +260,13 @@ class Study:
 
     def reap(self) -> int:
         """Fail the trials of dead owners, which queues their candidates; how many."""
+        if not self._open:
+            return 0
         self.refresh()
         count = 0
         for trial in list(self._open.values()):
-            owner = Owner(**trial.user_attrs["owner"])
-            silent_seconds = time.time() - trial.user_attrs["heartbeat"]
+            owner = Owner(**_claim(trial)["owner"])
+            silent_seconds = time.time() - _claim(trial)["heartbeat"]
             if silent_seconds > self.lease_seconds or owner.is_dead():
                 try:
                     # In one step: a trial that is failed without a word was lost.
@@ -278,47 +286,52 @@ class Study:
 
     def _claim(self, proposal: Proposal, rung: int) -> Claim | None:
         """Create a trial and claim it, unless there is an earlier one that was not lost."""
-        attributes = {
-            "candidate": proposal.number,
-            "rung": rung,
-            "genotype": proposal.genotype.to_json(),
-            "origin": {name: getattr(proposal, name) for name in ORIGIN},
-            "owner": asdict(self.owner),
-            "heartbeat": time.time(),
-        }
         parameters = self._parameters(proposal.genotype)
-        template = optuna.trial.create_trial(
+        claim = {"rung": rung, "owner": asdict(self.owner), "heartbeat": time.time()}
+        trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            user_attrs=attributes,
+            user_attrs={PROPOSAL: _to_json(proposal), CLAIM: claim},
             params=parameters,
             distributions=dict.fromkeys(parameters, self._distribution),
         )
-        trial_id = self._storage.create_new_trial(self._study._study_id, template)
-        self.refresh()
-        claim = Claim(self, trial_id, proposal, rung)
+        study_id = self._study._study_id
+        trial_id = self._storage.create_new_trial(study_id, trial)
+        number = self._num_read
+        if self._storage.get_trial_id_from_study_id_trial_number(study_id, number) == trial_id:
+            # It follows what is known: nobody else has created one since.
+            trial.number, trial._trial_id = number, trial_id
+            self._take([trial])
+        else:
+            self.refresh()
+        result = Claim(self, trial_id, proposal, claim)
         standing = _standing(self._trials[proposal.number].values(), rung)
         if standing is None or standing._trial_id != trial_id:
-            claim.drop()
+            result.drop()
             self.refresh()
             return None
-        return claim
+        return result
 
     def _parameters(self, genotype: Genotype) -> dict[str, int]:
         """What a genotype is made of, in numbers that Optuna's dashboard can plot."""
         counts = Counter(genotype.operators())
-        return {
+        parameters = {
             "blocks": len(genotype.pattern),
-            "meta_tokens": genotype.meta_tokens,
             **{short: counts[text] for text, short in self._space.legend.items()},
         }
+        if len(self._space.config.meta_tokens) > 1:
+            parameters["meta_tokens"] = genotype.meta_tokens
+        return parameters
 
 
 class Claim:
     """A trial of ours. As a context it is released if the block ends without a result."""
 
-    def __init__(self, study: Study, trial_id: int, proposal: Proposal, rung: int) -> None:
+    def __init__(
+        self, study: Study, trial_id: int, proposal: Proposal, claim: dict[str, Any]
+    ) -> None:
         self.proposal = proposal
-        self.rung = rung
+        self.rung: int = claim["rung"]
+        self._claim = claim
         self._storage = study._storage
         self._trial_id = trial_id
         self._is_open = True
@@ -334,7 +347,7 @@ class Claim:
         """Renew the lease if it is time. Raises StaleTrialError if the trial is no longer ours."""
         if time.monotonic() - self._last_beat > self._renewal_seconds:
             self._last_beat = time.monotonic()
-            self._note("heartbeat", time.time())
+            self._note(CLAIM, {**self._claim, "heartbeat": time.time()})
 
     def complete(
         self, values: Sequence[float], result: Mapping[str, Any], excess_ms: float
@@ -419,14 +432,14 @@ def _record(trials: Sequence[FrozenTrial]) -> Record:
     ]
     last = trial.user_attrs.get("result")
     return Record(
-        proposal=_proposal(trial),
+        proposal=_from_json(_proposal(trial)),
         state=state,
         rung=rung,
         losses=tuple(each["loss"] for each in results),
         results=tuple(results),
         result=json.loads(last) if last else results[-1] if results else {},
         error=error,
-        owner=Owner(**trial.user_attrs["owner"]) if state == "running" else None,
+        owner=Owner(**_claim(trial)["owner"]) if state == "running" else None,
         attempts=len(here),
         started_at=_utc(trials[0].datetime_start),
         finished_at=_utc(trial.datetime_complete) if state != "waiting" else None,
@@ -436,7 +449,7 @@ def _record(trials: Sequence[FrozenTrial]) -> Record:
 def _is_other(trial: FrozenTrial, trials: Mapping[int, FrozenTrial]) -> bool:
     """Whether it is of another architecture than the earliest trial of the candidate."""
     first = trials[min(trials)] if trials else trial
-    return bool(first.user_attrs["genotype"] != trial.user_attrs["genotype"])
+    return bool(_proposal(first)["genotype"] != _proposal(trial)["genotype"])
 
 
 def _standing(trials: Iterable[FrozenTrial], rung: int) -> FrozenTrial | None:
@@ -451,17 +464,26 @@ def _is_lost(trial: FrozenTrial) -> bool:
 
 
 def _rung(trial: FrozenTrial) -> int:
-    rung: int = trial.user_attrs["rung"]
+    rung: int = _claim(trial)["rung"]
     return rung
 
 
-def _proposal(trial: FrozenTrial) -> Proposal:
-    attributes = trial.user_attrs
-    return Proposal(
-        number=attributes["candidate"],
-        genotype=Genotype.from_json(attributes["genotype"]),
-        **attributes["origin"],
-    )
+def _claim(trial: FrozenTrial) -> dict[str, Any]:
+    claim: dict[str, Any] = trial.user_attrs[CLAIM]
+    return claim
+
+
+def _proposal(trial: FrozenTrial) -> dict[str, Any]:
+    proposal: dict[str, Any] = trial.user_attrs[PROPOSAL]
+    return proposal
+
+
+def _to_json(proposal: Proposal) -> dict[str, Any]:
+    return {**vars(proposal), "genotype": proposal.genotype.to_json()}
+
+
+def _from_json(value: Mapping[str, Any]) -> Proposal:
+    return Proposal(**{**value, "genotype": Genotype.from_json(value["genotype"])})
 
 
 def _utc(moment: datetime | None) -> str | None:

@@ -16,6 +16,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 import torch
@@ -268,8 +269,7 @@ def parse_operator(text: str) -> OperatorConfig:
             f"operator {name!r} is unknown; known: {known}; one of your own comes with plugins=[…]"
         )
     config_class = OPERATORS[name].config_class
-    types = get_type_hints(config_class)
-    allowed = {field.name: types[field.name] for field in fields(config_class)}
+    allowed = _field_types(config_class)
     values: dict[str, Any] = {}
     for argument in filter(None, (part.strip() for part in arguments.split(","))):
         key, _, value = (part.strip() for part in argument.partition("="))
@@ -281,6 +281,12 @@ def parse_operator(text: str) -> OperatorConfig:
             expected = getattr(allowed[key], "__name__", str(allowed[key]))
             raise ValueError(f"{name}.{key}: expected {expected}, got {value!r}") from None
     return config_class(**values)
+
+
+@cache
+def _field_types(config_class: type[OperatorConfig]) -> dict[str, Any]:
+    types = get_type_hints(config_class)
+    return {field.name: types[field.name] for field in fields(config_class)}
 
 
 def _read(text: str, expected: Any) -> Any:

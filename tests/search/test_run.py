@@ -135,8 +135,11 @@ def test_a_killed_and_an_interrupted_search_go_on_as_if_nothing_had_been(
     assert {row["origin"] for row in rows} == {"seed", "random", "mutation"}
     # Nothing that had been scored was trained again.
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    complete = [t.user_attrs["candidate"] for t in study.trials if t.state.name == "COMPLETE"]
-    assert complete == list(range(NUM_CANDIDATES))
+    complete = [
+        t.user_attrs["proposal"]["number"] for t in study.trials if t.state.name == "COMPLETE"
+    ]
+    numbers = [t.user_attrs["proposal"]["number"] for t in scored]
+    assert numbers == list(range(NUM_CANDIDATES))
     assert sum(t.state.name == "FAIL" for t in study.trials) <= 3
 
 
@@ -311,7 +314,7 @@ def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     storage = StorageConfig(kind="journal").open(tmp_path)
     study = optuna.load_study(study_name="search", storage=storage)
     complete = [
-        (t.user_attrs["candidate"], t.user_attrs["rung"])
+        (t.user_attrs["proposal"]["number"], t.user_attrs["claim"]["rung"])
         for t in study.trials
         if t.state.name == "COMPLETE"
     ]

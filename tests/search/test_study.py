@@ -184,9 +184,11 @@ def test_an_owner_elsewhere_is_dead_only_when_its_lease_is_over(tmp_path):
     claim_next(study)
     (trial,) = study._study.trials
     stranger = asdict(study.owner) | {"host": "elsewhere", "started": 1.0}
-    study._storage.set_trial_user_attr(trial._trial_id, "owner", stranger)
+    claim = trial.user_attrs["claim"] | {"owner": stranger}
+    study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
     assert study.reap() == 0
-    study._storage.set_trial_user_attr(trial._trial_id, "heartbeat", time.time() - 121)
+    claim["heartbeat"] = time.time() - 121
+    study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
     assert study.reap() == 1
 
 
@@ -210,8 +212,9 @@ def test_a_candidate_that_kills_its_owners_is_given_up(tmp_path):
     for attempt in range(MAX_ATTEMPTS):
         if attempt:
             study.take_queued()
-        running = [trial for trial in study._study.trials if not trial.state.is_finished()]
-        study._storage.set_trial_user_attr(running[0]._trial_id, "owner", dead)
+        (trial,) = [trial for trial in study._study.trials if not trial.state.is_finished()]
+        claim = trial.user_attrs["claim"] | {"owner": dead}
+        study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
         assert study.reap() == 1
     (record,) = study.records
     assert record.state == "failed"
