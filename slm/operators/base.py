@@ -127,6 +127,13 @@ class OperatorConfig:
     name: ClassVar[str]
     short_name: ClassVar[str] = ""
 
+    @classmethod
+    @cache
+    def field_types(cls) -> dict[str, Any]:
+        """The type of each field, by name."""
+        types = get_type_hints(cls)
+        return {field.name: types[field.name] for field in fields(cls)}
+
     def problems(self, width: int) -> list[str]:
         """Why this operator cannot be built at this width; empty when it can."""
         raise NotImplementedError
@@ -269,7 +276,7 @@ def parse_operator(text: str) -> OperatorConfig:
             f"operator {name!r} is unknown; known: {known}; one of your own comes with plugins=[…]"
         )
     config_class = OPERATORS[name].config_class
-    allowed = _field_types(config_class)
+    allowed = config_class.field_types()
     values: dict[str, Any] = {}
     for argument in filter(None, (part.strip() for part in arguments.split(","))):
         key, _, value = (part.strip() for part in argument.partition("="))
@@ -281,12 +288,6 @@ def parse_operator(text: str) -> OperatorConfig:
             expected = getattr(allowed[key], "__name__", str(allowed[key]))
             raise ValueError(f"{name}.{key}: expected {expected}, got {value!r}") from None
     return config_class(**values)
-
-
-@cache
-def _field_types(config_class: type[OperatorConfig]) -> dict[str, Any]:
-    types = get_type_hints(config_class)
-    return {field.name: types[field.name] for field in fields(config_class)}
 
 
 def _read(text: str, expected: Any) -> Any:

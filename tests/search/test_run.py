@@ -135,11 +135,8 @@ def test_a_killed_and_an_interrupted_search_go_on_as_if_nothing_had_been(
     assert {row["origin"] for row in rows} == {"seed", "random", "mutation"}
     # Nothing that had been scored was trained again.
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    complete = [
-        t.user_attrs["proposal"]["number"] for t in study.trials if t.state.name == "COMPLETE"
-    ]
-    numbers = [t.user_attrs["proposal"]["number"] for t in scored]
-    assert numbers == list(range(NUM_CANDIDATES))
+    scored = [t for t in study.trials if t.state.name == "COMPLETE"]
+    assert [t.user_attrs["proposal"]["number"] for t in scored] == list(range(NUM_CANDIDATES))
     assert sum(t.state.name == "FAIL" for t in study.trials) <= 3
 
 
