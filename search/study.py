@@ -16,13 +16,15 @@ what the architecture is made of, and the latency target as a constraint.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +191,8 @@ class Study:
         ]
         if problems:
             raise ConfigError(problems)
-        result.refresh()
+        with _no_garbage_collection():
+            result.refresh()
         return result
 
     # Facts of the study as a whole
@@ -484,6 +487,18 @@ def _to_json(proposal: Proposal) -> dict[str, Any]:
 
 def _from_json(value: Mapping[str, Any]) -> Proposal:
     return Proposal(**{**value, "genotype": Genotype.from_json(value["genotype"])})
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Where much is read at once and kept: to look for garbage in it takes longer than to read."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def _utc(moment: datetime | None) -> str | None:
