@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from small_space import space_config
 
 from search.evolution import EvolutionConfig, propose
@@ -104,6 +105,37 @@ def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path)
     named = {text: plain.trials[0].params[short] for text, short in SPACE.legend.items()}
     assert named == {text: genotype.operators().count(text) for text in SPACE.legend}
     assert plain.trials[0].constraints == {"latency_over_target_ms": -6.5}
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_what_was_claimed_is_known_without_reading_it_back(kind, tmp_path):
+    study = open_study(kind, tmp_path)
+    score(claim_next(study), 3.0)
+    study.refresh()
+    study.promote(Promotion(0, 1))
+    claimed = study.propose(propose(SPACE, EVOLUTION, 0, 10.0, study.history)).proposal
+    assert [(record.state, record.rung) for record in study.records] == [
+        ("running", 1),
+        ("running", 0),
+    ]
+    assert study.records[1].proposal == claimed
+    assert study.records == open_study(kind, tmp_path).records
+    assert study.num_running == 2
+
+
+def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
+    study, statements = open_study("sqlite", tmp_path), []
+
+    def count(*arguments) -> None:
+        statements[-1] += 1
+
+    sqlalchemy.event.listen(study._storage._backend.engine, "before_cursor_execute", count)
+    for loss in range(12):
+        statements.append(0)
+        assert study.reap() == 0
+        score(claim_next(study), float(loss))
+    first, *others = statements[1:]
+    assert set(others) == {first}
 
 
 @pytest.mark.parametrize("kind", STORAGES)
