@@ -8,7 +8,7 @@ from __future__ import annotations
 from search.frontier import Frontier
 from search.results import Row, candidate_row, chosen, is_scored, worst_point
 from search.space import SearchSpace
-from search.study import Record, Study
+from search.study import Study
 
 
 class Standings:
@@ -25,7 +25,8 @@ class Standings:
         self._study = study
         self._space = space
         self._context_tokens = context_tokens
-        self._records: list[Record] = []
+        # Of the study's changes, those that were taken over.
+        self._num_changes = 0
         # Known once the search has been prepared.
         self._frontier: Frontier | None = None
         self._target_ms = 0.0
@@ -41,12 +42,12 @@ class Standings:
             setup = self._study.fact("setup")
             self._target_ms = setup["target_ms"]
             self._frontier = Frontier(worst_point(self._target_ms, setup["vocab_size"]))
-        for number, record in enumerate(self._study.records):
-            if number < len(self._records) and self._records[number] is record:
-                continue
+        changes = self._study.changes[self._num_changes :]
+        self._num_changes += len(changes)
+        for number in sorted(set(changes)):
             before = self.rows[number] if number < len(self.rows) else None
+            record = self._study.records[number]
             row = candidate_row(record, self._space, self._target_ms, self._context_tokens)
-            self._records[number : number + 1] = [record]
             self.rows[number : number + 1] = [row]
             self.num_done += _is_done(row) - (before is not None and _is_done(before))
             if is_scored(row):

@@ -130,7 +130,7 @@ class Study:
     """A study of one search; several processes may share it.
 
     records: every candidate by number, history: the same as evolution sees it; both as they were
-    at the last `refresh`.
+    at the last `refresh`. changes: numbers of the records that were put, in that order.
     """
 
     def __init__(self, study: optuna.Study, lease_seconds: float, space: SearchSpace) -> None:
@@ -138,6 +138,7 @@ class Study:
         self.owner = Owner.current()
         self.lease_seconds = lease_seconds
         self.records: list[Record] = []
+        self.changes: list[int] = []
         self.history = History()
         self._study = study
         self._storage = study._storage
@@ -242,6 +243,7 @@ class Study:
         for number in sorted(changed):
             record = _record(list(self._trials[number].values()))
             self.records[number : number + 1] = [record]
+            self.changes.append(number)
             self.history.put(record.candidate)
 
     def propose(self, proposal: Proposal) -> Claim | None:
