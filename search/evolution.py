@@ -5,6 +5,7 @@
 - `pareto`: the same with non-dominated fronts of all objectives instead of the loss, and the sample
   judged by the highest rung that its members have reached.
 - `random`: no parents.
+- `nsga2`, `tpe`: Optuna's samplers, see `search.samplers`.
 
 Each candidate's random stream is derived from the seed and its number, so a search that was stopped
 goes on as if it had not been: what was proposed is in the history, what comes next follows from it.
@@ -19,6 +20,7 @@ from typing import Literal
 
 from search.history import Candidate, History, Objective, Promotion, Proposal
 from search.rungs import promote, ranked
+from search.samplers import propose_sampled
 from search.space import SearchSpace
 from slm.config import ConfigError, schema
 
@@ -34,7 +36,8 @@ class EvolutionConfig:
     algorithm: see the top of `search.evolution`.
     objectives: what a frontier is made of; all are minimised.
     initial_candidates: seeds, then random ones, before the first mutation.
-    population_size: the newest so many candidates can be parents; older ones have died.
+    population_size: the newest so many candidates can be parents; older ones have died. For nsga2
+        the candidates of a generation, of which the first is random.
     sample_size: of these so many are drawn, and the best becomes the parent.
     children_per_cycle: so many are proposed from the same population; 1 takes every score into
         account as soon as it is there.
@@ -44,7 +47,7 @@ class EvolutionConfig:
     initial_candidates: int
     population_size: int
     sample_size: int
-    algorithm: Literal["aging", "pareto", "random"] = "aging"
+    algorithm: Literal["aging", "pareto", "random", "nsga2", "tpe"] = "aging"
     objectives: tuple[Objective, ...] = ("loss", "latency_ms")
     children_per_cycle: int = 1
     promoted_share: float = 0.25
@@ -60,6 +63,8 @@ class EvolutionConfig:
             )
             if getattr(self, name) < 1
         ]
+        if self.algorithm == "nsga2" and self.population_size == 1:
+            problems.append("population_size: must be >= 2 for nsga2, got 1")
         if self.sample_size > self.population_size:
             problems.append(
                 f"sample_size: must be <= population_size {self.population_size}, "
@@ -110,6 +115,11 @@ def propose(
             return Proposal(number, genotype, "seed", seed_name=name)
     if config.algorithm == "random" or history.num_tried < config.initial_candidates:
         return _propose_random(space, number, rng, history)
+    if config.algorithm in ("nsga2", "tpe"):
+        sampled = propose_sampled(space, config, rng, target_ms, history)
+        if sampled is None:
+            return _propose_random(space, number, rng, history)
+        return Proposal(number, sampled, "sampler")
     population = living(history, config.population_size, cycle_start(number, config))
     if not population:
         return _propose_random(space, number, rng, history)
