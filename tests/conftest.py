@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ hypothesis.settings.load_profile("repeatable")
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs first, which take longest, so that processes end together."""
+    items.sort(key=lambda item: len(item.path.parents))
+
+
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
 
@@ -26,6 +32,8 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 def _own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is compiled is compiled anew, once for each run of the tests."""
     folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLM_CACHE_DIR", str(folder / "slm_cache"))
         # A fifth less time for the compiler; what calls the compiled loops is a little slower.
