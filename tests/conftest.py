@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("repeatable")
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole programs first, which take longest, so that processes end together."""
     items.sort(key=lambda item: len(item.path.parents))
