@@ -1,7 +1,6 @@
 """Memory that models take, and the largest batch that fits."""
 
 import gc
-import statistics
 
 import pytest
 import torch
@@ -29,14 +28,11 @@ def test_peak_is_of_what_was_in_use_at_one_time(device):
 
 
 def test_available_memory_is_less_when_some_is_in_use(device):
-    taken = []
-    for _ in range(5):
-        before = available_bytes(device)
-        held = torch.ones(128 * MIB)  # 512 MiB
-        taken.append(before - available_bytes(device))
-        del held
-    # Others take and give back memory meanwhile.
-    assert statistics.median(taken) > 200 * MIB
+    before = available_bytes(device)
+    # More than what runs beside the tests takes or gives back meanwhile.
+    held = torch.ones(512 * MIB)  # 2 GiB
+    assert available_bytes(device) < before - 800 * MIB
+    del held
 
 
 def test_the_largest_batch_fills_what_it_may(device):
