@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,13 +31,18 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is compiled is compiled anew, once for each run of the tests."""
+def _own_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is compiled is compiled anew, once for each run of the tests.
+
+    And they have a device lock of their own, to wait for nothing else that runs on this machine.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all processes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLM_CACHE_DIR", str(folder / "slm_cache"))
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
         # A fifth less time for the compiler; what calls the compiled loops is a little slower.
         patch.setenv("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
         yield

@@ -60,7 +60,7 @@ def experiment(tmp_path_factory) -> list[str]:
             "batch_size": 4,
             "sequence_tokens": 8,
             "validation_tokens": 128,
-            "time_limit_s": 60,
+            "time_limit_s": 300,
         },
         "num_candidates": NUM_CANDIDATES,
         "cloze_items": 20,
