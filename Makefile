@@ -30,8 +30,9 @@ demo: $(READY)
 	$(PYTHON) -m slm.hub.export checkpoint=$(RUN)/train/checkpoints/last.ckpt out=$(RUN)/export prompt=ROMEO.
 	$(PYTHON) -m search.report $(RUN)
 
+# A process per CPU, four at most: each holds torch, and a module's tests stay in one process.
 test: $(READY) lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

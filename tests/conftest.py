@@ -1,7 +1,9 @@
 """Fixtures for every test."""
 
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +21,28 @@ hypothesis.settings.load_profile("repeatable")
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs first, which take longest, so that processes end together."""
+    items.sort(key=lambda item: len(item.path.parents))
+
+
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is compiled is compiled anew, once for each run of the tests."""
+def _own_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is compiled is compiled anew, once for each run of the tests.
+
+    And they have a device lock of their own, to wait for nothing else that runs on this machine.
+    """
     folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLM_CACHE_DIR", str(folder / "slm_cache"))
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
         # A fifth less time for the compiler; what calls the compiled loops is a little slower.
         patch.setenv("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
         yield

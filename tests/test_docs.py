@@ -29,7 +29,7 @@ WIDTH, T = 16, 90
 TEXT = ["data=text", "data.files=[text.txt]", "data.cache_dir=cache", "tokenizer.vocab_size=300"]
 PROTOCOL = [
     *("protocol.max_seconds=0.01", "protocol.warmup_rounds=1", "protocol.max_rounds=6"),
-    "protocol.compile_unit=eager",
+    *("protocol.max_repeats=0", "protocol.compile_unit=eager"),
 ]
 WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
 TINY = {

@@ -16,7 +16,7 @@ def device(tmp_path, monkeypatch) -> Device:
 @pytest.fixture
 def protocol() -> Protocol:
     """Six rounds: as few as have an interval."""
-    return Protocol(max_seconds=1e-6, max_rounds=6, warmup_rounds=1)
+    return Protocol(max_seconds=1e-6, max_rounds=6, max_repeats=0, warmup_rounds=1)
 
 
 @pytest.fixture

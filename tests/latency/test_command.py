@@ -6,7 +6,7 @@ import sys
 TINY = ["model.width=32", "vocab_size=64", "workload.prompt_tokens=4", "workload.new_tokens=4"]
 QUICK = [
     *("protocol.max_seconds=0.001", "protocol.warmup_rounds=1", "protocol.max_rounds=6"),
-    "protocol.compile_unit=eager",
+    *("protocol.max_repeats=0", "protocol.compile_unit=eager"),
 ]
 
 

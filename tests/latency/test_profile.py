@@ -36,12 +36,12 @@ def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     device, workload, architecture, protocol
 ):
     assert profile(architecture, workload, device, protocol).placements == 1
-    easy = replace(protocol, max_seconds=60.0, max_interval_percent=1e6)
+    easy = replace(protocol, max_seconds=20.0, max_interval_percent=1e6)
     found = profile(architecture, workload, device, easy)
     # With this percentage nothing is narrow but what converges to WIDEST_PERCENT.
     assert found.placements >= easy.placements == 8
     assert found.request_ms.n == found.placements * MIN_ROUNDS
-    hard = replace(protocol, max_seconds=2.0, max_interval_percent=1e-6)
+    hard = replace(protocol, max_seconds=4.0, max_interval_percent=1e-6)
     assert profile(architecture, workload, device, hard).placements > 8
     # There is no time for four.
     assert profile(architecture, workload, device, replace(easy, max_seconds=1e-3)).placements == 1

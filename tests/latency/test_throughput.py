@@ -29,8 +29,9 @@ def test_peak_is_of_what_was_in_use_at_one_time(device):
 
 def test_available_memory_is_less_when_some_is_in_use(device):
     before = available_bytes(device)
-    held = torch.ones(128 * MIB)  # 512 MiB
-    assert available_bytes(device) < before - 200 * MIB
+    # More than what runs beside the tests takes or gives back meanwhile.
+    held = torch.ones(512 * MIB)  # 2 GiB
+    assert available_bytes(device) < before - 800 * MIB
     del held
 
 

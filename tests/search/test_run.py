@@ -49,6 +49,7 @@ def experiment(tmp_path_factory) -> list[str]:
         # The compiler would take longer than all else; the operator study's tests have it.
         "protocol": {
             "max_seconds": 0.05,
+            "max_repeats": 0,
             "warmup_rounds": 1,
             "max_interval_percent": 20.0,
             "compile_unit": "eager",
@@ -59,7 +60,7 @@ def experiment(tmp_path_factory) -> list[str]:
             "batch_size": 4,
             "sequence_tokens": 8,
             "validation_tokens": 128,
-            "time_limit_s": 60,
+            "time_limit_s": 300,
         },
         "num_candidates": NUM_CANDIDATES,
         "cloze_items": 20,

@@ -132,20 +132,20 @@ def test_changed_weights_are_seen() -> None:
 
 
 def test_a_bad_library_is_named_and_made_anew(caplog: pytest.LogCaptureFixture) -> None:
-    model = build("width=16 vocab_size=20 | ffn")
-    decoder = Decoder(model, 9, 1, "operator")
-    state = init_state(model, 1, 9)
+    model = build(ONE)
+    decoder = Decoder(model, 20, 3, "operator")
+    state = init_state(model, 3, 20)
     with torch.inference_mode():
-        path = pieces(model, state, 1, "operator")[0].library_path
+        path = pieces(model, state, 3, "operator")[0].library_path
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING):
-        again = Decoder(model, 9, 1, "operator")
+        again = Decoder(model, 20, 3, "operator")
     assert str(path) in caplog.text
-    token = torch.tensor([3])
-    decoder.prefill(token[None])
-    again.prefill(token[None])
-    assert torch.equal(decoder.step(token), again.step(token))
+    tokens = torch.randint(60, (3,))
+    decoder.prefill(tokens[:, None])
+    again.prefill(tokens[:, None])
+    assert torch.equal(decoder.step(tokens), again.step(tokens))
     assert [each for each in cache_folder().glob(f"{path.stem}*") if each.suffix == ".pt2"] == [
         path
     ]

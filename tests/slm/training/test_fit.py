@@ -281,9 +281,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 def test_weights_and_biases_offline(
     make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = make_config(logger={"name": "wandb", "offline": True}, trainer={"max_steps": 2})
     fit(config, tmp_path)
+    # Its process writes the file, and may still do so after a run's end.
+    wandb.teardown()
     (offline,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = offline.read_bytes()
     assert b"bits_per_byte" in content
