@@ -53,12 +53,8 @@ def table_error(
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's rank correlation, ties sharing their mean rank; None where it is not defined."""
+    from scipy import stats
+
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each value from 1, equal ones sharing the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return float(stats.spearmanr(x, y).statistic)
