@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import socket
 import time
 import warnings
 from collections import Counter
@@ -32,12 +30,12 @@ from types import TracebackType
 from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal, State
+from search.owner import Owner
 from search.space import SearchSpace
 from search.storage import StorageConfig
 from slm.config import ConfigError
@@ -58,33 +56,6 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "infeasible",
     TrialState.FAIL: "failed",
 }
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process, told apart from later ones of the same number by its start time."""
-
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def current(cls) -> Owner:
-        """This process."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-    def is_dead(self) -> bool:
-        """Whether it is known to be gone; of other machines nothing is known."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            return (
-                abs(process.create_time() - self.started) > 1
-                or process.status() == psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return True
 
 
 class StaleTrialError(RuntimeError):

@@ -14,9 +14,10 @@ from small_space import space_config
 
 from search.evolution import EvolutionConfig, propose
 from search.history import Promotion, Proposal
+from search.owner import Owner
 from search.space import SearchSpace
 from search.storage import StorageConfig
-from search.study import MAX_ATTEMPTS, Owner, StaleTrialError, Study
+from search.study import MAX_ATTEMPTS, StaleTrialError, Study
 from slm.config import ConfigError, read
 
 SPACE = SearchSpace(space_config())
