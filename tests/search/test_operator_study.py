@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import open_dict
 from scipy import stats
+from small_search import SETTINGS, small_text
 
 from search.operator_study_cells import CellEvaluator, CellStore
 from search.operator_study_config import StudyConfig, read_config
@@ -253,23 +254,9 @@ NAMES = ["attention", "deltanet", "attention + deltanet"]
 def experiment(tmp_path_factory) -> Path:
     """A folder with the experiment `tiny`: a small text, small operators, few tokens."""
     folder = tmp_path_factory.mktemp("experiment")
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 7))) for _ in range(60)]
-    sentences = [" ".join(rng.choices(words, k=8)) + "." for _ in range(3000)]
-    documents = [" ".join(sentences[i : i + 30]) for i in range(0, 3000, 30)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     values = {
-        "data": {"files": [str(folder / "text.txt")], "cache_dir": str(folder / "cache")},
-        "tokenizer": {"vocab_size": 300},
-        "workload": {"prompt_tokens": 4, "new_tokens": 4},
-        "protocol": {
-            "max_seconds": 0.05,
-            "max_repeats": 0,
-            "warmup_rounds": 1,
-            "max_interval_percent": 20.0,
-            # The compiler would take longer than all else; one test has it.
-            "compile_unit": "eager",
-        },
+        **SETTINGS,
+        "data": small_text(folder),
         "space": {
             "operators": list(OPERATORS),
             "partners": ["deltanet"],
@@ -277,17 +264,8 @@ def experiment(tmp_path_factory) -> Path:
             "min_width": 16,
             "max_width": 64,
         },
-        "proxy": {
-            "rung_tokens": [320],
-            "batch_size": 4,
-            "sequence_tokens": 8,
-            "validation_tokens": 128,
-            "time_limit_s": 300,
-        },
         "parameters": 40_000,
-        "cloze_items": 20,
         "seeds": [0],
-        "training_threads": 1,
     }
     (folder / "experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /data: text\n" + yaml.safe_dump(values)

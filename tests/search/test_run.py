@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from omegaconf import open_dict
+from small_search import SETTINGS, small_text
 from small_space import space_config
 
 from search import config as search_config
@@ -35,36 +35,13 @@ NUM_CANDIDATES = 6
 def experiment(tmp_path_factory) -> list[str]:
     """The arguments of a search of seconds: a small text, small operators, few tokens."""
     folder = tmp_path_factory.mktemp("experiment")
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 7))) for _ in range(60)]
-    sentences = [" ".join(rng.choices(words, k=8)) + "." for _ in range(3000)]
-    documents = [" ".join(sentences[i : i + 30]) for i in range(0, 3000, 30)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     space = search_config.plain(space_config(max_operators=6))
     values = {
+        **SETTINGS,
         "space": space,
-        "data": {"files": [str(folder / "text.txt")], "cache_dir": str(folder / "cache")},
-        "tokenizer": {"vocab_size": 300},
-        "workload": {"prompt_tokens": 4, "new_tokens": 4},
-        # The compiler would take longer than all else; the operator study's tests have it.
-        "protocol": {
-            "max_seconds": 0.05,
-            "max_repeats": 0,
-            "warmup_rounds": 1,
-            "max_interval_percent": 20.0,
-            "compile_unit": "eager",
-        },
+        "data": small_text(folder),
         "evolution": {"initial_candidates": 3, "population_size": 3, "sample_size": 2},
-        "proxy": {
-            "rung_tokens": [320],
-            "batch_size": 4,
-            "sequence_tokens": 8,
-            "validation_tokens": 128,
-            "time_limit_s": 300,
-        },
         "num_candidates": NUM_CANDIDATES,
-        "cloze_items": 20,
-        "training_threads": 1,
         # Far above any: what is proposed then depends on losses alone, which repeat.
         "target_ms": 1e6,
     }
