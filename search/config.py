@@ -11,6 +11,7 @@ from pydantic import Field
 
 from latency.timer import Protocol
 from latency.workload import Workload
+from search.audit import AuditConfig
 from search.evolution import EvolutionConfig
 from search.proxy import ProxyConfig
 from search.space import SpaceConfig
@@ -34,7 +35,9 @@ class SearchConfig(RuntimeConfig):
         measured.
     num_candidates: how many are trained, seeds included; may be raised to go on with a search.
     max_infeasible: the search gives up after so many proposals in a row that miss the target.
-    cloze_items: questions put to each candidate of the frontier.
+    accuracy_items: questions of the word cloze, and of continuations, wherever one of them is
+        asked: of the frontier's members the cloze, of all candidates what the objective says, in
+        the audit what that says. 0: none.
     workers: processes that evaluate candidates side by side; they take the visible GPUs in turn.
         More may be started by hand, here or elsewhere, with the same command and storage.
     latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
@@ -47,6 +50,7 @@ class SearchConfig(RuntimeConfig):
     workload: Workload
     protocol: Protocol
     evolution: EvolutionConfig
+    audit: AuditConfig
     proxy: ProxyConfig
     storage: StorageConfig
     logger: LoggerConfig
@@ -56,7 +60,7 @@ class SearchConfig(RuntimeConfig):
     screen_margin: Annotated[float, Field(ge=0)]
     num_candidates: Positive
     max_infeasible: Positive
-    cloze_items: Annotated[int, Field(ge=0)]
+    accuracy_items: Annotated[int, Field(ge=0)]
     workers: Positive
     latency_threads: Positive | None
     training_threads: Positive | None
@@ -67,6 +71,15 @@ class SearchConfig(RuntimeConfig):
             problems.append(
                 f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
                 f"got {self.num_candidates}"
+            )
+        if self.evolution.quality != "loss" and not self.accuracy_items:
+            problems.append(
+                f"accuracy_items: must be > 0 for the objective {self.evolution.quality}, got 0"
+            )
+        asked = [name for name in self.audit.qualities if name != "loss"]
+        if self.audit.candidates and asked and not self.accuracy_items:
+            problems.append(
+                f"audit.qualities: {' and '.join(asked)} need accuracy_items > 0, got 0"
             )
         if self.workers > 1 and self.storage.kind == "sqlite":
             problems.append(
@@ -92,6 +105,7 @@ class SearchConfig(RuntimeConfig):
         decisive = (
             *("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy"),
             *("backend", "seed", "target_ms", "screen_margin", "training_threads"),
+            "accuracy_items",
         )
         values = plain(self)
         identity = {key: values[key] for key in decisive}

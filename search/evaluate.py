@@ -6,13 +6,18 @@ weights stay on disk. Architectures are given as their canonical text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.history import Quality
 from search.worker import Report
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from latency.device import Device
     from latency.profile import Profile
     from latency.timer import Protocol
@@ -20,10 +25,15 @@ if TYPE_CHECKING:
     from search.proxy import ProxyConfig, ProxyTraining
     from slm.architecture import Architecture
     from slm.data import PackedCorpus
+    from slm.data.cloze import ClozeItem
+    from slm.data.continuation import ContinuationItem
+    from slm.evaluation import Accuracy
+    from slm.model import LanguageModel
     from slm.runtime import Runtime
 
 
-CLOZE_BATCH_SIZE = 64
+# Sentences, or stretches of text, that are scored at a time.
+ACCURACY_BATCH_SIZE = 64
 # Of a training curve that is recorded.
 MAX_CURVE_POINTS = 64
 
@@ -104,11 +114,14 @@ class Evaluator(BaseEvaluator):
     """Evaluates the candidates of a search.
 
     candidates_folder: where checkpoints are kept. cache_dir: where latencies are.
+    quality: what candidates are ranked by. accuracy_items: questions for each kind of accuracy.
     """
 
     candidates_folder: Path
     cache_dir: Path
     seed: int
+    quality: Quality
+    accuracy_items: int
 
     def measure(
         self, text: str, table_reference_ms: float, report: Report
@@ -169,28 +182,109 @@ class Evaluator(BaseEvaluator):
         )
         training.save(self.candidates_folder / checkpoint)
         result["loss_curve"] = _thinned(result["loss_curve"])
-        return {**result, "checkpoint": checkpoint}
+        return {
+            **result,
+            **self._errors(training.model, [self.quality]),
+            "checkpoint": checkpoint,
+        }
 
-    def accuracies(
-        self, checkpoints: dict[str, str], num_items: int, report: Report
-    ) -> dict[str, dict[str, Any]]:
-        """Cloze accuracy, by digest, of architectures whose checkpoints are given."""
-        from search.proxy import load_weights
-        from slm.data.cloze import build_cloze
-        from slm.data.tokenizer import load_tokenizer
-        from slm.evaluation import cloze_accuracy
+    def audit(
+        self,
+        text: str,
+        budgets: Sequence[int],
+        start: str | None,
+        seed: int,
+        qualities: Sequence[Quality],
+        report: Report,
+    ) -> dict[str, Any]:
+        """Train until so many tokens in all were read, for each of the budgets; leave nothing.
 
+        start: checkpoint to go on from; None begins with the first token. The result holds, as
+        `scores`, the search's quality after each budget; and all `qualities` after the last.
+        """
         corpus = self._set_up_training()
-        tokenizer = load_tokenizer(corpus.tokenizer_path)
-        items = build_cloze(corpus, num_items, self.seed)
+        first, *further = budgets
+        origin = None if start is None else self.candidates_folder / start
+        training, result = self._train(text, corpus, first, seed, report, origin)
+        found = {"loss": result["loss"], **self._errors(training.model, [self.quality])}
+        scores = [found[self.quality]]
+        for tokens in further:
+            training.train(tokens, report)
+            found = {
+                "loss": training.validate(),
+                **self._errors(training.model, [self.quality]),
+            }
+            scores.append(found[self.quality])
+        others = [name for name in qualities if name != self.quality]
+        return {"scores": scores, **found, **self._errors(training.model, others)}
+
+    def question(self, checkpoints: dict[str, str], report: Report) -> dict[str, dict[str, float]]:
+        """Cloze errors, by digest, of architectures whose checkpoints are given."""
+        from search.proxy import load_weights
+
+        self._set_up_training()
         found = {}
         for text, checkpoint in checkpoints.items():
             architecture = _parse(text)
             model = load_weights(architecture, self.candidates_folder / checkpoint)
-            result = cloze_accuracy(model, tokenizer, items, CLOZE_BATCH_SIZE)
-            found[architecture.digest] = asdict(result)
+            found[architecture.digest] = self._errors(model, ["cloze_error"])
             report({"share": len(found) / len(checkpoints)})
         return found
+
+    # Made once in the life of the process: it takes a pass over the training text.
+
+    @cached_property
+    def _cloze(self) -> list[ClozeItem]:
+        from slm.data.cloze import build_cloze
+
+        return build_cloze(self._corpus, self.accuracy_items, self.seed)
+
+    @cached_property
+    def _continuations(self) -> list[ContinuationItem]:
+        from slm.data.continuation import build_continuations
+
+        return build_continuations(self._corpus, self.accuracy_items, self.seed)
+
+    @cached_property
+    def _corpus(self) -> PackedCorpus:
+        from slm.data import PackedCorpus
+
+        return PackedCorpus.open(self.corpus_folder)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from slm.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self._corpus.tokenizer_path)
+
+    def _errors(self, model: LanguageModel, qualities: Iterable[Quality]) -> dict[str, float]:
+        """Shares of wrong answers with their 95 % intervals and numbers of items.
+
+        The loss, if it is among the qualities, is not found by questions.
+        """
+        from latency.lock import device_lock
+
+        found: dict[str, float] = {}
+        for name in qualities:
+            if name == "loss":
+                continue
+            # Shared: no latency is measured beside it.
+            with device_lock(exclusive=False):
+                accuracy = self._accuracy(model, name)
+            found |= {
+                name: 1 - accuracy.accuracy,
+                f"{name}_low": 1 - accuracy.high,
+                f"{name}_high": 1 - accuracy.low,
+                f"{name}_items": accuracy.n,
+            }
+        return found
+
+    def _accuracy(self, model: LanguageModel, name: Quality) -> Accuracy:
+        from slm.evaluation import cloze_accuracy, continuation_accuracy
+
+        if name == "cloze_error":
+            return cloze_accuracy(model, self._tokenizer, self._cloze, ACCURACY_BATCH_SIZE)
+        return continuation_accuracy(model, self._continuations, ACCURACY_BATCH_SIZE)
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:

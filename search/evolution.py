@@ -1,8 +1,8 @@
 """What to try next, as a pure function of (seed, history).
 
-- `aging`: aging evolution (Real 2019) as Nemotron-Flash uses it (arXiv 2511.18890): the lowest loss
+- `aging`: aging evolution (Real 2019) as Nemotron-Flash uses it (arXiv 2511.18890): the best score
   within the target of a random sample of the newest candidates becomes the parent.
-- `pareto`: the same with non-dominated fronts of all objectives instead of the loss, and the sample
+- `pareto`: the same with non-dominated fronts of all objectives instead of the score, the sample
   judged by the highest rung that its members have reached.
 - `random`: no parents.
 - `nsga2`, `tpe`: Optuna's samplers, see `search.samplers`.
@@ -16,9 +16,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import islice
-from typing import Literal
+from typing import Literal, cast
 
-from search.history import Candidate, History, Objective, Promotion, Proposal
+from search.history import (
+    QUALITIES,
+    Candidate,
+    History,
+    Objective,
+    Promotion,
+    Proposal,
+    Quality,
+)
 from search.rungs import promote, ranked
 from search.samplers import propose_sampled
 from search.space import SearchSpace
@@ -34,7 +42,7 @@ class EvolutionConfig:
     """How candidates are proposed and promoted.
 
     algorithm: see the top of `search.evolution`.
-    objectives: what a frontier is made of; all are minimised.
+    objectives: how good the model is, by one of `QUALITIES`, then what it costs; all are minimised.
     initial_candidates: seeds, then random ones, before the first mutation.
     population_size: the newest so many candidates can be parents; older ones have died. For nsga2
         the candidates of a generation, of which the first is random.
@@ -74,12 +82,20 @@ class EvolutionConfig:
             problems.append(
                 f"promoted_share: must be above 0 and below 1, got {self.promoted_share}"
             )
-        if len(set(self.objectives)) < len(self.objectives) or "loss" not in self.objectives:
+        is_quality = [objective in QUALITIES for objective in self.objectives]
+        is_repeated = len(set(self.objectives)) < len(self.objectives)
+        if is_quality != [True] + [False] * (len(is_quality) - 1) or is_repeated:
             problems.append(
-                f"objectives: must be loss and others, each once, got {list(self.objectives)}"
+                f"objectives: must begin with {', '.join(QUALITIES[:-1])} or {QUALITIES[-1]}, and "
+                f"go on with others, each once, got {list(self.objectives)}"
             )
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def quality(self) -> Quality:
+        """The objective that says how good a model is: the first."""
+        return cast("Quality", self.objectives[0])
 
 
 def next_step(
@@ -149,9 +165,9 @@ def select_parent(
     if not fitting:
         return min(sample, key=lambda each: (_latency_ms(each), each.number))
     if config.algorithm == "aging":
-        return min(fitting, key=lambda each: (each.losses[-1], each.number))
-    highest = max(len(each.losses) for each in fitting)
-    finalists = [each for each in fitting if len(each.losses) == highest]
+        return min(fitting, key=lambda each: (each.scores[-1], each.number))
+    highest = max(len(each.scores) for each in fitting)
+    finalists = [each for each in fitting if len(each.scores) == highest]
     return ranked(finalists, highest - 1, config.objectives)[0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from search.frontier import Point
 from search.genotype import Genotype
@@ -16,37 +16,40 @@ from search.genotype import Genotype
 # waiting: lost its owner. scored: done with the rung it was on. infeasible: no width meets the
 # target. failed: training it went wrong.
 State = Literal["waiting", "running", "scored", "failed", "infeasible"]
-Objective = Literal["loss", "latency_ms", "memory_bytes"]
+# How good the model is: nats per token, or shares of wrong answers.
+Quality = Literal["loss", "cloze_error", "continuation_error"]
+Objective = Literal[Quality, "latency_ms", "memory_bytes"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """What evolution knows of a candidate.
 
-    state: on the rung that it is on. losses: nats per token, after each rung that it is done with.
-    latency_ms: of the whole model, measured; memory_bytes: its weights and state. None until known.
+    state: on the rung that it is on. scores: how good it is, by the search's one objective of
+    quality, after each rung that it is done with; the lower the better. latency_ms: of the whole
+    model, measured; memory_bytes: its weights and state. None until known.
     """
 
     number: int
     genotype: Genotype
     state: State
-    losses: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
     latency_ms: float | None = None
     memory_bytes: int | None = None
 
     @property
     def is_scored(self) -> bool:
-        """Whether it has a loss and did not fail later."""
-        return bool(self.losses) and self.state != "failed"
+        """Whether it has a score and did not fail later."""
+        return bool(self.scores) and self.state != "failed"
 
     def point(self, objectives: Iterable[Objective], rung: int) -> Point:
-        """Its objectives, with the loss after a rung."""
-        values = {
-            "loss": self.losses[rung],
-            "latency_ms": self.latency_ms,
-            "memory_bytes": self.memory_bytes,
-        }
-        point = [values[objective] for objective in objectives]
+        """Its objectives, with the score after a rung."""
+        costs = {"latency_ms": self.latency_ms, "memory_bytes": self.memory_bytes}
+        point = [
+            self.scores[rung] if objective in QUALITIES else costs[objective]
+            for objective in objectives
+        ]
         assert None not in point, f"candidate {self.number} was not measured"
         return tuple(map(float, point))  # type: ignore[arg-type]
 
@@ -115,8 +118,8 @@ class History:
             before is not None and before.state != "infeasible"
         )
         (self._waiting.add if candidate.state == "waiting" else self._waiting.discard)(number)
-        num_known = len(before.losses) if before else 0
-        for rung in range(num_known, len(candidate.losses)):
+        num_known = len(before.scores) if before else 0
+        for rung in range(num_known, len(candidate.scores)):
             if rung == len(self._done):
                 self._done.append([])
             bisect.insort(self._done[rung], number)

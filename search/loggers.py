@@ -7,9 +7,13 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from search.config import SearchConfig, plain
+from search.history import QUALITIES
 from search.study import Study
 
-LOGGED = ("loss", "bits_per_byte", "latency_ms", "predicted_ms", "width", "parameters", "seconds")
+LOGGED = (
+    *QUALITIES,
+    *("bits_per_byte", "latency_ms", "predicted_ms", "width", "parameters", "seconds"),
+)
 
 
 class Logger(Protocol):
@@ -38,6 +42,7 @@ class WandbLogger:
     def __init__(self, config: SearchConfig, run_folder: Path, study: Study) -> None:
         import wandb
 
+        self._quality = config.evolution.quality
         self._run = wandb.init(
             project=config.logger.project,
             entity=config.logger.entity,
@@ -54,7 +59,8 @@ class WandbLogger:
         values = {name: row[name] for name in LOGGED if row[name] is not None}
         values |= {"state": row["state"], "architecture": row["architecture"] or ""}
         if best is not None:
-            values |= {"best_loss": best["loss"], "best_latency_ms": best["latency_ms"]}
+            values[f"best_{self._quality}"] = best["score"]
+            values["best_latency_ms"] = best["latency_ms"]
         self._run.log(values, step=row["number"])
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class SeedNoise:
     @property
     def least_difference(self) -> float:
         """What two scores of one seed each must differ by to be called different at 95 %."""
+        from scipy import stats
+
         return math.sqrt(2) * float(stats.t.ppf(0.975, self.degrees_of_freedom)) * self.deviation
 
 
@@ -35,6 +36,8 @@ def seed_noise(scores: Sequence[Sequence[float]]) -> SeedNoise:
     scores: for each architecture, those of its seeds. One with a single score tells nothing.
     Raises ValueError if a score is not finite, or if no architecture has two.
     """
+    from scipy import stats
+
     groups = [np.asarray(group, dtype=np.float64) for group in scores if len(group) > 1]
     if not groups:
         raise ValueError("noise over seeds: needs an architecture with two scores or more")

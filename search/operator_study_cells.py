@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.evaluate import CLOZE_BATCH_SIZE, BaseEvaluator
+from search.evaluate import ACCURACY_BATCH_SIZE, BaseEvaluator
 from search.run_folder import write_json
 from search.study import flatten
 from search.worker import Report
@@ -74,10 +74,10 @@ class CellStore:
 class CellEvaluator(BaseEvaluator):
     """Makes the cells of an operator study.
 
-    cloze_items: questions put to each model.
+    accuracy_items: questions of the word cloze put to each model.
     """
 
-    cloze_items: int
+    accuracy_items: int
 
     def yardstick(self, report: Report) -> Cell:
         """How long the request that runs beside every measurement takes now."""
@@ -121,11 +121,11 @@ class CellEvaluator(BaseEvaluator):
         from slm.data.tokenizer import load_tokenizer
         from slm.evaluation import cloze_answers
 
-        items = _questions(self.corpus_folder, self.cloze_items)
+        items = _questions(self.corpus_folder, self.accuracy_items)
         if not items:
             return ""
         tokenizer = load_tokenizer(corpus.tokenizer_path)
-        right = cloze_answers(model, tokenizer, items, CLOZE_BATCH_SIZE)
+        right = cloze_answers(model, tokenizer, items, ACCURACY_BATCH_SIZE)
         return "".join(str(int(each)) for each in right)
 
 

@@ -32,7 +32,7 @@ class StudyConfig(RuntimeConfig):
     target_ms: latency of one request of the workload in the comparison at equal latency; None: that
         of the first operator alone at equal parameters.
     latency_tolerance: share of the target that a model may miss it by.
-    cloze_items: questions put to each model.
+    accuracy_items: questions of the word cloze put to each model.
     processes: models that are trained at the same time.
     latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
         choice.
@@ -49,7 +49,7 @@ class StudyConfig(RuntimeConfig):
     parameters: Positive
     target_ms: Annotated[float, Field(gt=0)] | None
     latency_tolerance: Annotated[float, Field(gt=0, lt=1)]
-    cloze_items: Annotated[int, Field(ge=0)]
+    accuracy_items: Annotated[int, Field(ge=0)]
     processes: Positive
     latency_threads: Positive | None
     training_threads: Positive | None

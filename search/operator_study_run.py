@@ -129,7 +129,7 @@ class OperatorStudy:
                 workload=config.workload,
                 protocol=config.protocol,
                 proxy=config.proxy,
-                cloze_items=config.cloze_items,
+                accuracy_items=config.accuracy_items,
                 latency_threads=config.latency_threads,
                 training_threads=config.training_threads,
             )

@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from search.history import Quality
+from search.quality import in_words
+
 # What is done since so many candidates tells how fast the search is.
 RECENT_CANDIDATES = 20
 
@@ -17,10 +20,12 @@ class Progress:
     """Prints lines; on a terminal also a live line that the next one replaces.
 
     total: candidates that the search will have evaluated. target_ms: latency that they must meet.
+    quality: what their scores are.
     """
 
-    def __init__(self, total: int, out: TextIO | None = None):
+    def __init__(self, total: int, quality: Quality = "loss", out: TextIO | None = None):
         self.total = total
+        self._quality = in_words(quality)
         self.target_ms: float | None = None
         self._out = out or sys.stdout
         self._is_terminal = self._out.isatty()
@@ -66,11 +71,13 @@ class Progress:
         if row["rung"]:
             parts.append(f"rung {row['rung']}")
         if row["state"] == "scored":
-            parts.append(f"loss {row['loss']:.4f}")
+            parts.append(f"{self._quality} {row['score']:.4f}")
         else:
             parts.append(f"{row['state']}: {row['error']}")
         if best is not None:
-            parts.append(f"best {best['loss']:.4f} (#{best['number']}), frontier {num_on_frontier}")
+            parts.append(
+                f"best {best['score']:.4f} (#{best['number']}), frontier {num_on_frontier}"
+            )
         if (per_second := self._candidates_per_second()) > 0:
             parts.append(f"{3600 * per_second:.3g}/h")
             if num_done < self.total:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 MIN_CANDIDATES = 4
 NUM_RESAMPLES = 5_000
@@ -54,6 +53,8 @@ def rank_correlation(
 
 def _spearman(scores: np.ndarray) -> np.ndarray:
     """Rho [...] of scores [2, ..., N]: the correlation of their ranks; NaN if one has no spread."""
+    from scipy import stats
+
     ranks = stats.rankdata(scores, axis=-1)
     ranks -= ranks.mean(axis=-1, keepdims=True)
     covariance = (ranks[0] * ranks[1]).sum(axis=-1)

@@ -15,12 +15,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from search.quality import AXES, format_score, in_words
 from search.report_figures import (
     FFN_COLOR,
     MIXER_COLORS,
     frontier_figure,
     hypervolume_figure,
     progress_figure,
+    rank_correlation_figure,
     rungs_figure,
     training_figure,
 )
@@ -48,6 +50,8 @@ def write_report(run_folder: Path) -> Path:
     environment.filters.update(
         operator_color=lambda text: colors[operator_name(text)],
         operator_name=operator_name,
+        in_words=in_words,
+        format_score=format_score,
         continuation=lambda sample, prompt: sample.removeprefix(prompt),
     )
     page = environment.get_template("report.html.j2").render(**content)
@@ -73,6 +77,8 @@ def report_content(run_folder: Path) -> dict[str, Any]:
     scored = list(filter(is_scored, candidates))
     members = frontier.get("members", [])
     chosen = next((r for r in scored if r["digest"] == frontier.get("chosen")), None)
+    quality = search["quality"]
+    audit = frontier.get("audit") or {"noise": {}, "rank_correlations": []}
     curve = _read_metrics(run_folder / "train" / "metrics.csv")
     return {
         "search": search,
@@ -82,14 +88,18 @@ def report_content(run_folder: Path) -> dict[str, Any]:
         "chosen": chosen,
         "reasons": reasons(chosen, scored, members, search) if chosen else [],
         "lineage": lineage(chosen, candidates) if chosen else [],
+        "audit": audit,
         "trained": _read_json(run_folder / "train" / "result.json"),
         "export": _read_json(run_folder / "export.json"),
         "figures": {
             "frontier": frontier_figure(search, scored, members, chosen),
-            "rungs": rungs_figure(scored, chosen),
-            "progress": progress_figure(scored),
+            "rungs": rungs_figure(scored, chosen, AXES[quality]),
+            "progress": progress_figure(scored, AXES[quality]),
             "hypervolume": hypervolume_figure(frontier.get("hypervolume_history", [])),
             "training": training_figure(curve),
+            "rank_correlations": [
+                rank_correlation_figure(each, AXES[quality]) for each in audit["rank_correlations"]
+            ],
         },
     }
 
@@ -99,9 +109,10 @@ def reasons(
 ) -> list[str]:
     """Why this candidate was chosen, one sentence each, in figures."""
     within = [r for r in scored if r["meets_target"]]
+    quality = search["quality"]
     found = [
-        f"Lowest validation loss ({chosen['loss']:.4f} nats per token) of the {len(within)} "
-        f"candidates measured within the target of {search['target_ms']:.2f} ms "
+        f"Lowest {in_words(quality)} ({format_score(chosen['score'], quality)}) of the "
+        f"{len(within)} candidates measured within the target of {search['target_ms']:.2f} ms "
         f"({len(scored)} were scored)."
     ]
     faster = [r for r in members if r["latency_ms"] < chosen["latency_ms"]]
@@ -110,13 +121,20 @@ def reasons(
         found.append(
             f"The next faster one on the frontier (#{next_faster['number']}) takes "
             f"{next_faster['latency_ms']:.2f} ms instead of {chosen['latency_ms']:.2f} ms and "
-            f"loses {next_faster['loss'] - chosen['loss']:.4f} nats."
+            f"loses {format_score(next_faster['score'] - chosen['score'], quality)}."
+        )
+    equals = [f"#{r['number']}" for r in members if r["is_different"] is False]
+    if equals:
+        found.append(
+            f"Between it and {', '.join(equals)} there is no difference: their {in_words(quality)} "
+            "lies within what another seed can change."
         )
     plain = next((r for r in scored if r["digest"] == search["reference"]["digest"]), None)
     if plain is not None and plain is not chosen:
         found.append(
-            f"The plain transformer (#{plain['number']}) reached {plain['loss']:.4f} nats in "
-            f"{plain['latency_ms']:.2f} ms after the same number of training tokens."
+            f"The plain transformer (#{plain['number']}) reached "
+            f"{format_score(plain['score'], quality)} in {plain['latency_ms']:.2f} ms after the "
+            "same number of training tokens."
         )
     return found
 

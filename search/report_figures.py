@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.quality import AXES
+
 Record = dict[str, Any]
 
 INK, GRID, ACCENT, QUIET, LINE = "#22303c", "#e6e9ec", "#d1495b", "#9aa5b1", "#2e86ab"
@@ -18,7 +20,7 @@ FFN_COLOR = "#c9b79c"
 def frontier_figure(
     search: Record, scored: list[Record], members: list[Record], chosen: Record | None
 ) -> str | None:
-    """Loss against measured latency of every candidate; None before the first."""
+    """Score against measured latency of every candidate; None before the first."""
     if not scored:
         return None
     import plotly.graph_objects as go
@@ -31,7 +33,7 @@ def frontier_figure(
     figure.add_trace(
         go.Scatter(
             x=[record["latency_ms"] for record in ordered],
-            y=[record["loss"] for record in ordered],
+            y=[record["score"] for record in ordered],
             mode="lines",
             line={"color": LINE, "width": 1.5, "shape": "hv"},
             hoverinfo="skip",
@@ -51,33 +53,33 @@ def frontier_figure(
         annotation_position="top right",
     )
     figure.update_xaxes(title="measured latency of one request, ms (bars: 95 % interval)")
-    figure.update_yaxes(title="validation loss after the proxy, nats per token")
+    figure.update_yaxes(title=f"{AXES[search['quality']]}, after the proxy")
     # The page's script is embedded once, with its first figure.
     return _html(figure, height=460, script=True)
 
 
-def progress_figure(scored: list[Record]) -> str | None:
-    """Loss of each candidate in order, and the best so far; None before two."""
+def progress_figure(scored: list[Record], axis: str) -> str | None:
+    """Score of each candidate in order, and the best so far; None before two."""
     if len(scored) < 2:
         return None
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    figure.add_trace(_trace(go, scored, "number", "loss", "candidate", "markers", QUIET))
+    figure.add_trace(_trace(go, scored, "number", "score", "candidate", "markers", QUIET))
     best = [record for record in scored if record["best_so_far"]]
     last = {**best[-1], "number": scored[-1]["number"]} if best else None
     steps = [*best, last] if last else best
-    trace = _trace(go, steps, "number", "loss", "best within the target", "lines", ACCENT)
+    trace = _trace(go, steps, "number", "score", "best within the target", "lines", ACCENT)
     figure.add_trace(trace.update(line={"shape": "hv", "color": ACCENT}))
     figure.update_xaxes(title="candidate")
-    figure.update_yaxes(title="validation loss, nats per token")
+    figure.update_yaxes(title=axis)
     return _html(figure, height=340)
 
 
 def hypervolume_figure(history: list[list[float]]) -> str | None:
-    """Hypervolume over the tokens that all candidates were trained on; None before two losses.
+    """Hypervolume over the tokens that all candidates were trained on; None before two scores.
 
-    history: (candidate, tokens, hypervolume) whenever a loss was found.
+    history: (candidate, tokens, hypervolume) whenever a score was found.
     """
     if len(history) < 2:
         return None
@@ -93,12 +95,12 @@ def hypervolume_figure(history: list[list[float]]) -> str | None:
         )
     )
     figure.update_xaxes(title="tokens that all candidates were trained on")
-    figure.update_yaxes(title="hypervolume, nats · ms")
+    figure.update_yaxes(title="hypervolume")
     return _html(figure, height=300)
 
 
-def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
-    """Loss after each rung of the candidates that climbed; None if none did."""
+def rungs_figure(scored: list[Record], chosen: Record | None, axis: str) -> str | None:
+    """Score after each rung of the candidates that climbed; None if none did."""
     climbed = [record for record in scored if len(record["rungs"]) > 1]
     if not climbed:
         return None
@@ -109,7 +111,7 @@ def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
     figure.add_trace(
         go.Scatter(
             x=[record["rungs"][0]["tokens"] for record in lowest],
-            y=[record["rungs"][0]["loss"] for record in lowest],
+            y=[record["rungs"][0]["score"] for record in lowest],
             mode="markers",
             name="left on the first rung",
             marker={"color": QUIET, "size": 6},
@@ -120,7 +122,7 @@ def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
         figure.add_trace(
             go.Scatter(
                 x=[each["tokens"] for each in record["rungs"]],
-                y=[each["loss"] for each in record["rungs"]],
+                y=[each["score"] for each in record["rungs"]],
                 mode="lines+markers",
                 name=f"#{record['number']}{', chosen' if is_chosen else ''}",
                 text=record["short"],
@@ -129,8 +131,27 @@ def rungs_figure(scored: list[Record], chosen: Record | None) -> str | None:
             )
         )
     figure.update_xaxes(title="tokens trained on", type="log")
-    figure.update_yaxes(title="validation loss, nats per token")
+    figure.update_yaxes(title=axis)
     return _html(figure, height=380)
+
+
+def rank_correlation_figure(found: Record, axis: str) -> str:
+    """Scores after a lower rung against those after the last, of candidates drawn at random."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(
+        go.Scatter(
+            x=found["short"],
+            y=found["long"],
+            text=[f"#{number}" for number in found["numbers"]],
+            mode="markers+text",
+            textposition="top center",
+            marker={"color": LINE, "size": 9},
+        )
+    )
+    figure.update_xaxes(title=f"{axis}, after {found['short_tokens']:,} tokens")
+    figure.update_yaxes(title=f"after {found['long_tokens']:,}")
+    return _html(figure, height=340)
 
 
 def training_figure(curve: list[dict[str, float]]) -> str | None:
@@ -167,7 +188,7 @@ def _points(records: list[Record], name: str, color: str, size: int, symbol: str
 
     return go.Scatter(
         x=[r["latency_ms"] for r in records],
-        y=[r["loss"] for r in records],
+        y=[r["score"] for r in records],
         error_x={
             "type": "data",
             "symmetric": False,

@@ -9,12 +9,17 @@ from typing import Any
 
 from search.frontier import hypervolume_history, non_dominated
 from search.genotype import Genotype
+from search.history import QUALITIES, Quality
+from search.noise import SeedNoise, is_difference
 from search.space import SearchSpace
 from search.study import Record
 from slm.architecture import Architecture
 
 Row = dict[str, Any]
-# The hypervolume's worst point: the loss of a model that knows nothing, and this many targets.
+ERRORS = tuple(quality for quality in QUALITIES if quality != "loss")
+# An error is followed by its 95 % interval, and by the number of questions.
+ERROR_SUFFIXES = ("", "_low", "_high", "_items")
+# The hypervolume's worst point: the score of a model that knows nothing, and this many targets.
 WORST_LATENCY_TARGETS = 1.1
 
 
@@ -41,17 +46,18 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
         **dict.fromkeys(("ttft_ms", "tpot_ms", "tokens_per_s")),
         "meets_target": False,
         "rung": record.rung,
+        "score": record.scores[-1] if record.scores else None,
         **dict.fromkeys(("loss", "bits_per_byte", "train_loss", "tokens", "seconds")),
         **dict.fromkeys(("tokens_per_second", "checkpoint")),
         # One entry per rung.
         "rungs": [
-            {name: each[name] for name in ("tokens", "loss", "finished_at")}
-            for each in record.results
+            {**{name: each[name] for name in ("tokens", "loss", "finished_at")}, "score": score}
+            for each, score in zip(record.results, record.scores, strict=True)
         ],
         "loss_curve": [],
         "on_frontier": False,
         "best_so_far": False,
-        **dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "accuracy_items")),
+        **dict.fromkeys(f"{error}{suffix}" for error in ERRORS for suffix in ERROR_SUFFIXES),
         "attempts": record.attempts,
         "error": record.error,
         "started_at": record.started_at,
@@ -65,34 +71,24 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
     return row
 
 
-def mark(rows: Sequence[Row], accuracies: Mapping[str, Mapping[str, Any]]) -> None:
+def mark(rows: Sequence[Row], errors: Mapping[str, Mapping[str, float]]) -> None:
     """Say which rows are on the frontier and which were the best in their time.
 
-    accuracies: cloze results by digest.
+    errors: in the cloze, by digest, as far as members of the frontier were asked.
     """
     scored = [row for row in rows if is_scored(row)]
     best = math.inf
-    on_frontier = non_dominated([(row["loss"], row["latency_ms"]) for row in scored])
+    on_frontier = non_dominated([(row["score"], row["latency_ms"]) for row in scored])
     for row, is_member in zip(scored, on_frontier, strict=True):
         row["on_frontier"] = is_member
-        row["best_so_far"] = row["meets_target"] and row["loss"] < best
-        best = row["loss"] if row["best_so_far"] else best
-        if row["digest"] in accuracies:
-            row |= _accuracy_fields(accuracies[row["digest"]])
+        row["best_so_far"] = row["meets_target"] and row["score"] < best
+        best = row["score"] if row["best_so_far"] else best
+        row |= errors.get(row["digest"], {})
 
 
 def is_scored(row: Row) -> bool:
-    """Whether a candidate has a loss and did not fail later."""
-    return row["loss"] is not None and row["state"] != "failed"
-
-
-def _accuracy_fields(result: Mapping[str, Any]) -> Row:
-    return {
-        "accuracy": result["accuracy"],
-        "accuracy_low": result["low"],
-        "accuracy_high": result["high"],
-        "accuracy_items": result["n"],
-    }
+    """Whether a candidate has a score and did not fail later."""
+    return row["score"] is not None and row["state"] != "failed"
 
 
 def _architecture_fields(text: str, context_tokens: int) -> Row:
@@ -112,28 +108,40 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
     """The frontier's rows, fastest first."""
     return sorted(
         (row for row in rows if row["on_frontier"]),
-        key=lambda row: (row["latency_ms"], row["loss"], row["number"]),
+        key=lambda row: (row["latency_ms"], row["score"], row["number"]),
     )
 
 
 def chosen(rows: Sequence[Row]) -> Row | None:
-    """The lowest loss among what meets the target."""
+    """The best score among what meets the target."""
     fitting = [row for row in rows if is_scored(row) and row["meets_target"]]
-    return min(fitting, key=lambda row: (row["loss"], row["latency_ms"]), default=None)
+    return min(fitting, key=lambda row: (row["score"], row["latency_ms"]), default=None)
 
 
-def worst_point(target_ms: float, vocab_size: int) -> tuple[float, float]:
+def worst_point(target_ms: float, vocab_size: int, quality: Quality) -> tuple[float, float]:
     """What hypervolume is measured from: a model that knows nothing, a little over the target."""
-    return math.log(vocab_size), target_ms * WORST_LATENCY_TARGETS
+    from slm.data.choices import NUM_CHOICES
+
+    worst_score = math.log(vocab_size) if quality == "loss" else 1 - 1 / NUM_CHOICES
+    return worst_score, target_ms * WORST_LATENCY_TARGETS
 
 
-def frontier_summary(rows: Sequence[Row], target_ms: float, vocab_size: int) -> Row:
+def frontier_summary(
+    rows: Sequence[Row],
+    target_ms: float,
+    vocab_size: int,
+    quality: Quality,
+    noise: SeedNoise | None,
+) -> Row:
     """What `frontier.json` says of the search as a whole.
 
-    hypervolume_history: [number, tokens trained on until then, hypervolume] for each loss, in the
+    noise: of the scores, if it is known; a member is called different from the chosen one only if
+    their scores differ by more. None: not known, or the chosen one itself.
+
+    hypervolume_history: [number, tokens trained on until then, hypervolume] for each score, in the
     order in which they were found.
     """
-    worst = worst_point(target_ms, vocab_size)
+    worst = worst_point(target_ms, vocab_size, quality)
     events = sorted(
         (each["finished_at"], row["number"], rung)
         for row in rows
@@ -142,25 +150,39 @@ def frontier_summary(rows: Sequence[Row], target_ms: float, vocab_size: int) -> 
     points, tokens, history = [], 0, []
     for _, number, rung in events:
         rungs = rows[number]["rungs"]
-        points.append((rungs[rung]["loss"], rows[number]["latency_ms"]))
+        points.append((rungs[rung]["score"], rows[number]["latency_ms"]))
         tokens += rungs[rung]["tokens"] - (rungs[rung - 1]["tokens"] if rung else 0)
         history.append([number, tokens])
     volumes = hypervolume_history(points, worst)
     best = chosen(rows)
     states = [row["state"] for row in rows]
     return {
+        "quality": quality,
         "chosen": best["digest"] if best else None,
         "hypervolume": volumes[-1] if volumes else 0.0,
         "hypervolume_point": list(worst),
         "hypervolume_history": [
             [*event, volume] for event, volume in zip(history, volumes, strict=True)
         ],
-        "members": [{**row, "model": f"model/{row['digest']}.yaml"} for row in frontier(rows)],
+        "members": [
+            {
+                **row,
+                "is_different": _is_different(row, best, noise),
+                "model": f"model/{row['digest']}.yaml",
+            }
+            for row in frontier(rows)
+        ],
         "num_scored": sum(map(is_scored, rows)),
         "num_failed": states.count("failed"),
         "num_infeasible": states.count("infeasible"),
         "tokens": tokens,
     }
+
+
+def _is_different(row: Row, chosen: Row | None, noise: SeedNoise | None) -> bool | None:
+    if chosen is None or row is chosen or noise is None:
+        return None
+    return is_difference(row["score"], chosen["score"], noise)
 
 
 def table_summary(rows: Sequence[Row]) -> Row | None:

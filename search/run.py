@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from search import results
+from search.audit import audit_lines, missing, run_audit
 from search.config import SearchConfig
 from search.loggers import Logger, open_logger
 from search.pool import Pool
 from search.progress import Progress, Stopwatch, format_count, format_duration, format_latency
+from search.quality import in_words
 from search.run_folder import RunFolder
 from search.searcher import Searcher
 from search.worker import JobError
@@ -33,7 +35,7 @@ class Search:
     def __init__(self, config: SearchConfig, run_folder: Path) -> None:
         self.config = config
         self.folder = run_folder
-        self.progress = Progress(config.num_candidates)
+        self.progress = Progress(config.num_candidates, config.evolution.quality)
         self.searcher = Searcher(
             config, run_folder, say=self.progress.say, live=self.progress.live_of(0)
         )
@@ -58,6 +60,9 @@ class Search:
                 resources.callback(self._logger.close)
                 self._evaluate_candidates()
                 self._question_frontier()
+                # An audit takes its time, in which all else can be looked at.
+                self._publish("running")
+                run_audit(self.searcher)
                 status = "running" if self.study.num_running else "finished"
                 if status == "finished":
                     self.searcher.remove_leftovers()
@@ -116,19 +121,19 @@ class Search:
     # The frontier
 
     def _question_frontier(self) -> None:
-        """Cloze accuracy of the frontier's members that do not have it yet."""
-        known = self.study.fact("accuracies") or {}
-        members = [row for row in results.frontier(self.files.rows()) if row["digest"] not in known]
-        if not members or not self.config.cloze_items:
+        """Put the word cloze to the frontier's members that were not asked yet."""
+        known = self.study.fact("cloze_errors") or {}
+        members = [row for row in results.frontier(self.files.rows()) if row["cloze_error"] is None]
+        if not members or not self.config.accuracy_items:
             return
         self.progress.say(f"accuracy of {len(members)} candidates of the frontier")
         checkpoints = {row["architecture"]: row["checkpoint"] for row in members}
         try:
-            found = self.searcher.run_job("accuracies", checkpoints, self.config.cloze_items)
+            found = self.searcher.run_job("question", checkpoints)
         except JobError as error:
             self.progress.say(f"no accuracy: {error}")
             return
-        self.study.update("accuracies", known | found)
+        self.study.update("cloze_errors", known | found)
 
     # For people
 
@@ -140,6 +145,7 @@ class Search:
         return (
             self.study.fact("status") == "finished"
             and self.study.history.num_tried >= self.config.num_candidates
+            and not missing(self.config, self.study)
             and (self.folder / "frontier.json").exists()
         )
 
@@ -153,11 +159,19 @@ class Search:
         )
         for row in summary["members"]:
             mark = "*" if row["digest"] == summary["chosen"] else " "
-            accuracy = "" if row["accuracy"] is None else f"  cloze {row['accuracy']:.1%}"
+            errors = [
+                f"  {in_words(error)} {row[error]:.1%}"
+                for error in results.ERRORS
+                if row[error] is not None
+            ]
+            remark = "  (no difference)" if row["is_different"] is False else ""
             self.progress.say(
                 f"{mark} {row['digest']}  {format_latency(row):<18} loss {row['loss']:.4f}"
-                f"{accuracy}  w={row['width']} {format_count(row['parameters'])}  {row['short']}"
+                f"{''.join(errors)}  w={row['width']} {format_count(row['parameters'])}  "
+                f"{row['short']}{remark}"
             )
+        for line in audit_lines(summary["audit"]):
+            self.progress.say(line)
         if summary["chosen"] is not None:
             command = results.training_command(self.folder, summary["chosen"], self.config.plugins)
             self.progress.say(f"train it: {command}")

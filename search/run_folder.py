@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latency.device import Device
+from search.audit import audit_summary, noise_of
 from search.config import SearchConfig, plain
 from search.results import Row, frontier_summary, is_scored, mark, model_yaml, table_summary
 from search.space import SearchSpace
@@ -46,18 +47,31 @@ class RunFolder:
         self.space = space
         self.device = device
         self.study = study
-        self.standings = Standings(study, space, config.workload.max_tokens)
+        self.standings = Standings(
+            study, space, config.workload.max_tokens, config.evolution.quality
+        )
 
     def rows(self) -> list[Row]:
         """Every candidate, in the order of their numbers, with what others decide about it."""
         self.standings.update()
-        mark(self.standings.rows, self.study.fact("accuracies") or {})
+        mark(self.standings.rows, self.study.fact("cloze_errors") or {})
         return self.standings.rows
 
     def summary(self) -> Row:
         """The frontier as a whole."""
         setup = self.study.fact("setup")
-        return frontier_summary(self.rows(), setup["target_ms"], setup["vocab_size"])
+        quality = self.config.evolution.quality
+        audit = audit_summary(self.config, self.study)
+        return {
+            **frontier_summary(
+                self.rows(),
+                setup["target_ms"],
+                setup["vocab_size"],
+                quality,
+                noise_of(audit, quality),
+            ),
+            "audit": audit,
+        }
 
     def publish(self, status: str, seconds: float) -> None:
         """Write all files but the report. status: running, interrupted or finished."""
@@ -106,6 +120,7 @@ class RunFolder:
             "seconds": seconds,
             "command": ["python", "-m", "search", *sys.argv[1:]],
             "num_candidates": self.config.num_candidates,
+            "quality": self.config.evolution.quality,
             **{key: setup[key] for key in ("target_ms", "target_source", "reference")},
             "table": {"path": setup["table"], "error": table_summary(rows)},
             **{key: config[key] for key in ("workload", "space", "evolution", "proxy")},

@@ -1,7 +1,7 @@
 """Which candidate is trained further: asynchronous successive halving for several objectives.
 
-A candidate trains to a rung's budget, is ranked among its peers by non-dominated fronts of loss and
-latency, and is promoted to the next rung if it is among the best share of them (ASHA, Li 2020;
+A candidate trains to a rung's budget, is ranked among its peers by non-dominated fronts of its
+objectives, and is promoted to the next rung if it is among the best share of them (ASHA, Li 2020;
 MO-ASHA, Schmucker 2021). It goes on from its checkpoint. Nobody waits for a rung to fill up.
 
 Peers are the newest candidates on the rung: evolution improves what it proposes, so that who was
@@ -30,7 +30,7 @@ def promote(
         peers = history.done(rung, NUM_PEERS)
         # No rung is ever left by none.
         for candidate in ranked(peers, rung, objectives)[: int(share * len(peers))]:
-            if candidate.state == "scored" and len(candidate.losses) == rung + 1:
+            if candidate.state == "scored" and len(candidate.scores) == rung + 1:
                 return Promotion(candidate.number, rung + 1)
     return None
 

@@ -123,6 +123,8 @@ class Searcher:
                 protocol=self.config.protocol,
                 proxy=self.config.proxy,
                 seed=self.config.seed,
+                quality=self.config.evolution.quality,
+                accuracy_items=self.config.accuracy_items,
                 latency_threads=self.config.latency_threads,
                 training_threads=self.config.threads_to_train,
             ),

@@ -6,6 +6,7 @@ What a new score costs here does not grow with the search.
 from __future__ import annotations
 
 from search.frontier import Frontier
+from search.history import Quality
 from search.results import Row, candidate_row, chosen, is_scored, worst_point
 from search.space import SearchSpace
 from search.study import Study
@@ -14,17 +15,20 @@ from search.study import Study
 class Standings:
     """Rows of a study's candidates, by number, as they were at the last `update`.
 
-    best: the lowest loss that meets the target. num_done: candidates that are done with a rung, or
-    failed. context_tokens: of the workload.
+    best: the best score that meets the target. num_done: candidates that are done with a rung, or
+    failed. context_tokens: of the workload. quality: what scores are.
     """
 
-    def __init__(self, study: Study, space: SearchSpace, context_tokens: int) -> None:
+    def __init__(
+        self, study: Study, space: SearchSpace, context_tokens: int, quality: Quality
+    ) -> None:
         self.rows: list[Row] = []
         self.best: Row | None = None
         self.num_done = 0
         self._study = study
         self._space = space
         self._context_tokens = context_tokens
+        self._quality = quality
         # Of the study's changes, those that were taken over.
         self._num_changes = 0
         # Known once the search has been prepared.
@@ -41,7 +45,9 @@ class Standings:
         if self._frontier is None:
             setup = self._study.fact("setup")
             self._target_ms = setup["target_ms"]
-            self._frontier = Frontier(worst_point(self._target_ms, setup["vocab_size"]))
+            self._frontier = Frontier(
+                worst_point(self._target_ms, setup["vocab_size"], self._quality)
+            )
         changes = self._study.changes[self._num_changes :]
         self._num_changes += len(changes)
         for number in sorted(set(changes)):
@@ -51,7 +57,7 @@ class Standings:
             self.rows[number : number + 1] = [row]
             self.num_done += _is_done(row) - (before is not None and _is_done(before))
             if is_scored(row):
-                self._frontier.add((row["loss"], row["latency_ms"]))
+                self._frontier.add((row["score"], row["latency_ms"]))
             if before is not None and before is self.best:
                 self.best = chosen(self.rows)
             else:

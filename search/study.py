@@ -66,7 +66,7 @@ class StaleTrialError(RuntimeError):
 class Record:
     """All that the study knows of a candidate.
 
-    rung: the one that it is on. losses: after each rung that it is done with, results: what was
+    rung: the one that it is on. scores: after each rung that it is done with, results: what was
     recorded with them. result: what was recorded last, also of what failed. owner: who works on it.
     attempts: trials on this rung.
     """
@@ -74,7 +74,7 @@ class Record:
     proposal: Proposal
     state: State
     rung: int = 0
-    losses: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
     results: tuple[Mapping[str, Any], ...] = ()
     result: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -91,7 +91,7 @@ class Record:
             self.proposal.number,
             self.proposal.genotype,
             self.state,
-            self.losses,
+            self.scores,
             first.get("latency_ms"),
             first.get("memory_bytes"),
         )
@@ -178,6 +178,11 @@ class Study:
     def fact(self, key: str) -> Any:
         """A fact that `settle` stored, or None."""
         return self._study.user_attrs.get(key)
+
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """The facts whose keys begin so."""
+        stored = self._study.user_attrs
+        return {key: value for key, value in stored.items() if key.startswith(prefix)}
 
     def update(self, key: str, value: Any) -> None:
         """Store a fact of the study, whether it is known or not."""
@@ -411,7 +416,7 @@ def _record(trials: Sequence[FrozenTrial]) -> Record:
         proposal=_from_json(_proposal(trial)),
         state=state,
         rung=rung,
-        losses=tuple(each["loss"] for each in results),
+        scores=tuple(trial.values[0] for trial in done),
         results=tuple(results),
         result=json.loads(last) if last else results[-1] if results else {},
         error=error,

@@ -42,13 +42,13 @@ TINY = {
     ],
     "latency.show": [],
     "search": [
-        *(*TEXT, *PROTOCOL, *WORKLOAD, "target_ms=1e6", "num_candidates=3", "cloze_items=5"),
-        *("evolution.initial_candidates=3", "evolution.population_size=3"),
+        *(*TEXT, *PROTOCOL, *WORKLOAD, "target_ms=1e6", "num_candidates=3", "accuracy_items=5"),
+        *("audit.candidates=0", "evolution.initial_candidates=3", "evolution.population_size=3"),
         *("evolution.sample_size=2", "proxy.rung_tokens=[64]", "proxy.batch_size=4"),
         *("proxy.sequence_tokens=8", "proxy.validation_tokens=128", "training_threads=1"),
     ],
     "search.operator_study": [
-        *(*TEXT, *PROTOCOL, *WORKLOAD, "parameters=40000", "processes=1", "cloze_items=5"),
+        *(*TEXT, *PROTOCOL, *WORKLOAD, "parameters=40000", "processes=1", "accuracy_items=5"),
         *("space.num_operators=2", "space.max_width=96", "proxy.rung_tokens=[64]"),
         *("proxy.batch_size=4", "proxy.sequence_tokens=8", "proxy.validation_tokens=128"),
     ],

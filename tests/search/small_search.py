@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
         "validation_tokens": 128,
         "time_limit_s": 300,
     },
-    "cloze_items": 20,
+    "accuracy_items": 20,
     "training_threads": 1,
 }
 

@@ -185,9 +185,31 @@ def test_config_problems():
         "evolution.initial_candidates: must be >= 1, got 0",
         "evolution.sample_size: must be <= population_size 2, got 3",
         "evolution.promoted_share: must be above 0 and below 1, got 1.0",
-        "evolution.objectives: must be loss and others, each once, "
-        "got ['latency_ms', 'latency_ms']",
+        "evolution.objectives: must begin with loss, cloze_error or continuation_error, and go on "
+        "with others, each once, got ['latency_ms', 'latency_ms']",
     ]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "quality"),
+    [
+        (["loss", "latency_ms"], "loss"),
+        (["cloze_error", "latency_ms", "memory_bytes"], "cloze_error"),
+        (["continuation_error"], "continuation_error"),
+        ([], None),
+        (["latency_ms", "loss"], None),
+        (["loss", "cloze_error"], None),
+        (["loss", "latency_ms", "latency_ms"], None),
+    ],
+)
+def test_one_objective_of_quality_comes_first(objectives, quality):
+    values = dict.fromkeys(("initial_candidates", "population_size", "sample_size"), 1)
+    values |= {"objectives": objectives}
+    if quality is not None:
+        assert read(EvolutionConfig, values, "evolution").quality == quality
+        return
+    with pytest.raises(ConfigError, match="must begin with loss, cloze_error or continuation_er"):
+        read(EvolutionConfig, values, "evolution")
 
 
 def search(seed, num_candidates=30, num_rungs=3, config=PARETO):
@@ -213,7 +235,7 @@ def search(seed, num_candidates=30, num_rungs=3, config=PARETO):
             if rng.random() < 0.1:
                 after = replace(before, state="failed")
             else:
-                after = replace(before, losses=(*before.losses, rng.uniform(0, 1)))
+                after = replace(before, scores=(*before.scores, rng.uniform(0, 1)))
             candidates[step.number] = after
         else:
             candidates.append(scored(step.number, step.genotype, rng))
@@ -229,9 +251,9 @@ def test_whoever_goes_on_is_among_the_best_share_of_its_rung(seed):
             continue
         promotions += 1
         rung = step.rung - 1
-        peers = [c for c in candidates if len(c.losses) > rung and c.state != "failed"]
-        points = {c.number: (c.losses[rung], c.latency_ms) for c in peers}
-        assert len(candidates[step.number].losses) == step.rung
+        peers = [c for c in candidates if len(c.scores) > rung and c.state != "failed"]
+        points = {c.number: (c.scores[rung], c.latency_ms) for c in peers}
+        assert len(candidates[step.number].scores) == step.rung
 
         def dominators(number, points=points):
             own = points[number]

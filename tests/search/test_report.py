@@ -36,12 +36,15 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
         "tpot_ms": latency_ms / 64,
         "meets_target": latency_ms <= 10,
         "loss": loss,
+        "score": loss,
         "bits_per_byte": loss / 2.7,
         "best_so_far": number == 0,
-        "rungs": [{"tokens": 1000, "loss": loss, "finished_at": "2026-01-01T00:00:00Z"}],
-        "accuracy": 0.41,
-        "accuracy_low": 0.38,
-        "accuracy_high": 0.44,
+        "rungs": [
+            {"tokens": 1000, "loss": loss, "score": loss, "finished_at": "2026-01-01T00:00:00Z"}
+        ],
+        "cloze_error": 0.59,
+        "cloze_error_low": 0.56,
+        "cloze_error_high": 0.62,
         "error": None,
         **changes,
     }
@@ -50,11 +53,15 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     scored = [record(0, 5.0, 9.0), record(1, 5.5, 6.0), record(2, 4.5, 12.0), record(3, 6.0, 8.0)]
-    nothing = {"loss": None, "latency_ms": None}
+    nothing = {"loss": None, "score": None, "latency_ms": None}
     lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", **nothing}
-    members = [scored[1], scored[0], scored[2]]
+    members = [
+        {**scored[number], "is_different": is_different}
+        for number, is_different in ((1, True), (0, None), (2, False))
+    ]
     search = {
         "name": "example",
+        "quality": "loss",
         "status": "finished",
         "seed": 3,
         "started_at": "2026-01-01T00:00:00Z",
@@ -113,6 +120,7 @@ def test_page_is_self_contained_and_names_the_chosen_one(run_folder: Path) -> No
     assert "#1) takes 6.00 ms instead of 9.00 ms and loses 0.5000 nats" in text
     assert "plain transformer (#3) reached 6.0000 nats in 8.00 ms" in text
     assert "9.00 [8.90, 9.20]" in text
+    assert "41.0 [38.0, 44.0]" in text
     assert "A & B processor" in text
     assert "worker <died>" in text
     assert "Training of the winner" not in text
@@ -132,7 +140,7 @@ def test_ancestors_and_rungs_are_shown(run_folder: Path) -> None:
     candidates = json.loads(path.read_text())
     candidates[1] |= {"parent": 3, "factor": "ratio"}
     candidates[0] |= {"parent": 1, "factor": "order"}
-    candidates[0]["rungs"].append({"tokens": 4000, "loss": 4.0, "finished_at": ""})
+    candidates[0]["rungs"].append({"tokens": 4000, "loss": 4.0, "score": 4.0, "finished_at": ""})
     path.write_text(json.dumps(candidates))
     content = report_content(run_folder)
     assert [record["number"] for record in content["lineage"]] == [3, 1, 0]
@@ -140,6 +148,44 @@ def test_ancestors_and_rungs_are_shown(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     assert "Its lineage" in page.text
     assert "From rung to rung" in page.text
+
+
+def test_what_the_audit_found_is_shown(run_folder: Path) -> None:
+    assert "How far the scores can be trusted" not in Page(write_report(run_folder)).text
+    path = run_folder / "frontier.json"
+    noise = {"deviation": 0.0125, "low": 0.0101, "high": 0.0163, "degrees_of_freedom": 6}
+    correlation = {"short_tokens": 1000, "long_tokens": 64000, "rho": 0.87, "n": 12}
+    audit = {
+        "tokens": 64000,
+        "noise": {"loss": {**noise, "least_difference": 0.0433, "models": 3, "seeds": 3}},
+        "rank_correlations": [
+            {
+                **correlation,
+                **{"low": 0.7, "high": 0.95},
+                **{"numbers": [3, 5], "short": [5.5, 5.25], "long": [4.5, 4.75]},
+            }
+        ],
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"audit": audit}))
+    text = re.sub(r"\s+", " ", Page(write_report(run_folder)).text)
+    assert "0.0125 nats [0.0101, 0.0163]0.0433 nats3 × 3" in text
+    assert "1,000 against 64,000 tokens: rank correlation 0.87 [0.70, 0.95] over 12 models" in text
+    (figure,) = report_content(run_folder)["figures"]["rank_correlations"]
+    assert '"x":[5.5,5.25],"y":[4.5,4.75]' in figure
+    # The one that the noise leaves no difference to is told in words, in the table too.
+    assert "Between it and #2 there is no difference" in text
+    assert text.count("no difference") == 3
+
+
+def test_another_objective_goes_by_its_name(run_folder: Path) -> None:
+    for name in ("search", "candidates", "frontier"):
+        path = run_folder / f"{name}.json"
+        path.write_text(path.read_text().replace('"score": 5.0', '"score": 0.25'))
+    search = json.loads((run_folder / "search.json").read_text())
+    (run_folder / "search.json").write_text(json.dumps(search | {"quality": "cloze_error"}))
+    text = re.sub(r"\s+", " ", Page(write_report(run_folder)).text)
+    assert "Lowest cloze error (0.2500) of the 3 candidates" in text
+    assert "share of wrong answers" in report_content(run_folder)["figures"]["frontier"]
 
 
 def test_training_and_export_appear_once_there(run_folder: Path) -> None:

@@ -1,18 +1,21 @@
 """Whole searches, tiny, as people start them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pandas as pd
 import psutil
 import pytest
 import yaml
 from omegaconf import open_dict
+from scipy import stats
 from small_search import SETTINGS, small_text
 from small_space import space_config
 
@@ -26,6 +29,9 @@ from search.storage import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
 from slm.config import compose, read
+from slm.data import PackedCorpus
+from slm.data.continuation import build_continuations
+from slm.evaluation import continuation_accuracy
 from slm.model_config import ModelConfig
 
 NUM_CANDIDATES = 6
@@ -42,6 +48,7 @@ def experiment(tmp_path_factory) -> list[str]:
         "data": small_text(folder),
         "evolution": {"initial_candidates": 3, "population_size": 3, "sample_size": 2},
         "num_candidates": NUM_CANDIDATES,
+        "audit": {"candidates": 0},
         # Far above any: what is proposed then depends on losses alone, which repeat.
         "target_ms": 1e6,
     }
@@ -164,8 +171,8 @@ def test_the_frontier_is_what_the_candidates_say(finished):
     assert areas == sorted(areas)
     assert areas[-1] == frontier["hypervolume"] > 0
     for member in frontier["members"]:
-        assert member["accuracy_low"] <= member["accuracy"] <= member["accuracy_high"]
-        assert member["accuracy_items"] == 20
+        assert member["cloze_error_low"] <= member["cloze_error"] <= member["cloze_error_high"]
+        assert member["cloze_error_items"] == 20
     table = pd.read_parquet(finished / "history.parquet")
     assert table["loss"].tolist() == [row["loss"] for row in rows]
 
@@ -240,7 +247,7 @@ def test_a_target_out_of_reach_is_said(experiment, tmp_path):
 
 
 def test_wandb_gets_every_candidate(experiment, tmp_path):
-    overrides = ("logger=wandb", "logger.offline=true", "num_candidates=2", "cloze_items=0")
+    overrides = ("logger=wandb", "logger.offline=true", "num_candidates=2", "accuracy_items=0")
     finish(start(experiment, tmp_path, *overrides))
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
@@ -251,7 +258,7 @@ def test_wandb_gets_every_candidate(experiment, tmp_path):
 def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     experiment, tmp_path
 ):
-    overrides = ("workers=2", "storage=journal", "storage.lease_seconds=5", "cloze_items=0")
+    overrides = ("workers=2", "storage=journal", "storage.lease_seconds=5", "accuracy_items=0")
     rungs = ("proxy.rung_tokens=[160,320]", "evolution.promoted_share=0.5")
     process = start(experiment, tmp_path, *overrides, *rungs, "num_candidates=8")
     for line in process.stdout:
@@ -295,6 +302,97 @@ def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     ]
     assert len(complete) == len(set(complete)) == 8 + len(climbed)
     assert not any(t.state.name == "RUNNING" for t in study.trials)
+
+
+def test_an_audit_goes_on_after_a_kill_and_says_what_its_numbers_say(experiment, tmp_path, capsys):
+    overrides = (
+        *("proxy.rung_tokens=[160,320]", "evolution.promoted_share=0.4"),
+        *("num_candidates=6", "evolution.initial_candidates=6"),
+        *("audit.candidates=4", "audit.repeated=2", "audit.seeds=2"),
+    )
+    process = start(experiment, tmp_path, *overrides)
+    for line in process.stdout:
+        if line.startswith("audit 2/8"):
+            break
+    process.kill()
+    process.communicate()
+    candidates = read_json(tmp_path / "candidates.json")
+
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    before = {key: fact for key, fact in study.user_attrs.items() if key.startswith("audit-")}
+    summary = Search(compose_tiny(experiment, *overrides), tmp_path).run()
+    output = capsys.readouterr().out
+    assert f"audit: {8 - len(before)} trainings to 320 tokens" in output
+    facts = {key: fact for key, fact in study.user_attrs.items() if key.startswith("audit-")}
+    assert len(before) in (2, 3)
+    assert len(facts) == 8
+    assert {key: facts[key] for key in before} == before
+
+    rows = read_json(tmp_path / "candidates.json")
+    kept = ("number", "state", "rung", "score", "rungs", "checkpoint")
+    assert [[r[k] for k in kept] for r in rows] == [[r[k] for k in kept] for r in candidates]
+    assert {path.name for path in (tmp_path / "candidates").iterdir()} == {
+        row["checkpoint"] for row in rows
+    }
+    drawn = [row for row in rows if row["origin"] == "random"]
+    assert len(drawn) == 4
+    long = [facts[f"audit-{row['number']}-0"]["loss"] for row in drawn]
+    # Whoever climbed has been trained so far by the search, and by nothing else.
+    climbed = [place for place, row in enumerate(drawn) if row["rung"] == 1]
+    assert 0 < len([row for row in rows if row["rung"] == 1]) < 6
+    for place in climbed:
+        assert drawn[place]["score"] == long[place]
+
+    assert read_json(tmp_path / "frontier.json")["audit"] == summary["audit"]
+    (correlation,) = summary["audit"]["rank_correlations"]
+    short = [row["rungs"][0]["loss"] for row in drawn]
+    assert (correlation["short"], correlation["long"]) == (short, long)
+    assert correlation["rho"] == pytest.approx(stats.spearmanr(short, long).statistic)
+    for quality in ("loss", "cloze_error", "continuation_error"):
+        scores = np.array(
+            [
+                [facts[f"audit-{row['number']}-{seed}"][quality] for seed in range(3)]
+                for row in drawn[:2]
+            ]
+        )
+        noise = summary["audit"]["noise"][quality]
+        deviation = math.sqrt(scores.var(axis=1, ddof=1).mean())
+        assert noise["deviation"] == pytest.approx(deviation)
+        assert noise["least_difference"] == pytest.approx(
+            math.sqrt(2) * stats.t.ppf(0.975, df=4) * deviation
+        )
+    chosen = next(row for row in rows if row["digest"] == summary["chosen"])
+    least = summary["audit"]["noise"]["loss"]["least_difference"]
+    for member in summary["members"]:
+        expected = abs(member["loss"] - chosen["loss"]) > least
+        assert member["is_different"] == (
+            None if member["number"] == chosen["number"] else expected
+        )
+    assert "seed noise of the loss" in output
+    assert f"rank correlation of 160 against 320 tokens {correlation['rho']:.2f}" in output
+
+
+def test_an_accuracy_can_be_the_objective(experiment, tmp_path):
+    overrides = ("evolution.objectives=[continuation_error,latency_ms]", "num_candidates=2")
+    summary = Search(compose_tiny(experiment, *overrides), tmp_path).run()
+    rows = read_json(tmp_path / "candidates.json")
+    (folder,) = {path.parent for path in Path(experiment[1]).glob("cache/**/tokenizer.json")}
+    corpus = PackedCorpus.open(folder)
+    items = build_continuations(corpus, 20, seed=0)
+    for row in rows:
+        architecture = Architecture.parse(row["architecture"])
+        model = load_weights(architecture, tmp_path / "candidates" / row["checkpoint"])
+        accuracy = continuation_accuracy(model, items, batch_size=16)
+        assert row["score"] == row["continuation_error"] == pytest.approx(1 - accuracy.accuracy)
+        assert row["continuation_error_low"] == pytest.approx(1 - accuracy.high)
+        assert row["score"] != row["loss"]
+    assert summary["quality"] == "continuation_error"
+    best = min(rows, key=lambda row: (row["continuation_error"], row["latency_ms"]))
+    assert summary["chosen"] == best["digest"]
+    assert summary["hypervolume_point"][0] == 0.75
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.metric_names == ["continuation_error", "latency_ms"]
+    assert [trial.values[0] for trial in study.trials] == [row["score"] for row in rows]
 
 
 def test_sqlite_is_for_one_worker(experiment, tmp_path):

@@ -15,6 +15,7 @@ from small_space import space_config
 from search.evolution import EvolutionConfig, propose
 from search.history import Promotion, Proposal
 from search.owner import Owner
+from search.rungs import promote
 from search.space import SearchSpace
 from search.storage import StorageConfig
 from search.study import MAX_ATTEMPTS, StaleTrialError, Study
@@ -86,7 +87,7 @@ def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path)
     again = open_study(kind, tmp_path).records
     assert again == records(study)
     assert [record.state for record in again] == ["scored", "failed", "infeasible", "running"]
-    assert again[0].losses == (1.25,)
+    assert again[0].scores == (1.25,)
     assert (again[0].candidate.latency_ms, again[0].candidate.memory_bytes) == (3.5, 100)
     assert again[0].results[0]["tokens"] == 10
     assert again[0].results[0]["finished_at"] is not None
@@ -149,14 +150,14 @@ def test_a_candidate_goes_on_from_rung_to_rung(kind, tmp_path):
     # The other has not heard of it, and is too late.
     assert other.promote(Promotion(0, 1)) is None
     (record,) = records(study)
-    assert (record.state, record.rung, record.losses) == ("running", 1, (3.0,))
+    assert (record.state, record.rung, record.scores) == ("running", 1, (3.0,))
     score(claim, 2.0)
     (record,) = records(other)
-    assert (record.state, record.rung, record.losses) == ("scored", 1, (3.0, 2.0))
-    assert record.candidate.losses == (3.0, 2.0)
+    assert (record.state, record.rung, record.scores) == ("scored", 1, (3.0, 2.0))
+    assert record.candidate.scores == (3.0, 2.0)
     study.promote(Promotion(0, 2)).fail("the loss is not finite", {})
     (record,) = records(other)
-    assert (record.state, record.losses) == ("failed", (3.0, 2.0))
+    assert (record.state, record.scores) == ("failed", (3.0, 2.0))
     assert other.take_queued() is None
 
 
@@ -196,7 +197,7 @@ def test_a_stopped_process_that_wakes_up_late_is_refused(kind, tmp_path):
     _, errors = claimer.communicate("go on\n")
     assert "StaleTrialError: candidate 0 was given to another process" in errors
     (record,) = records(study)
-    assert (record.state, record.losses) == ("scored", (1.0,))
+    assert (record.state, record.scores) == ("scored", (1.0,))
 
 
 def test_a_lease_is_renewed_by_beats(tmp_path):
@@ -291,12 +292,22 @@ def test_of_two_proposals_of_one_number_the_earlier_stands_though_its_owner_died
     assert second.take_queued().proposal == proposals[0]
 
 
-def test_losses_are_what_was_recorded_as_loss_wherever_it_stands(tmp_path):
-    study = Study.open(
-        StorageConfig(kind="sqlite"), tmp_path, "test", IDENTITY, SPACE, ("latency_ms", "loss")
-    )
-    claim_next(study).complete((2.0, 1.5), {"loss": 1.5, "latency_ms": 2.0}, excess_ms=-1.0)
-    assert records(study)[0].losses == (1.5,)
+def test_the_objective_of_quality_decides_who_is_promoted(tmp_path):
+    """Of two candidates one has the lower loss, the other the lower error."""
+    promoted = {}
+    for quality in ("loss", "cloze_error"):
+        objectives = (quality, "latency_ms")
+        folder = tmp_path / quality
+        folder.mkdir()
+        config = StorageConfig(kind="journal")
+        study = Study.open(config, folder, "test", IDENTITY, SPACE, objectives)
+        for loss, cloze_error in ((3.0, 0.6), (2.0, 0.7)):
+            result = {"loss": loss, "cloze_error": cloze_error, "latency_ms": 2.0}
+            values = [result[name] for name in objectives]
+            claim_next(study).complete(values, result, excess_ms=-8.0)
+        study.refresh()
+        promoted[quality] = promote(study.history, 2, 0.5, objectives).number
+    assert promoted == {"loss": 1, "cloze_error": 0}
 
 
 def test_another_search_under_the_same_name_is_refused_and_told_what_differs(tmp_path):
