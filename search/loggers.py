@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -11,16 +12,16 @@ from search.history import QUALITIES
 from search.study import Study
 
 LOGGED = (
-    *QUALITIES,
-    *("bits_per_byte", "latency_ms", "predicted_ms", "width", "parameters", "seconds"),
+    *("number", "rung", "state", *QUALITIES, "bits_per_byte", "latency_ms", "predicted_ms"),
+    *("width", "parameters", "seconds"),
 )
 
 
 class Logger(Protocol):
     """Takes candidates as they are done."""
 
-    def log(self, row: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """A candidate, and the chosen one so far; both as in `candidates.json`."""
+    def log(self, row: dict[str, Any], standing: Mapping[str, float | None]) -> None:
+        """A candidate as in `candidates.json`, and how the search stands now that it is done."""
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -29,7 +30,7 @@ class Logger(Protocol):
 class NoLogger:
     """The run folder is enough."""
 
-    def log(self, row: dict[str, Any], best: dict[str, Any] | None) -> None:
+    def log(self, row: dict[str, Any], standing: Mapping[str, float | None]) -> None:
         """Nothing to do."""
 
     def close(self) -> None:
@@ -37,12 +38,20 @@ class NoLogger:
 
 
 class WandbLogger:
-    """One Weights & Biases run per search, one step per candidate; a resumed search goes on."""
+    """One Weights & Biases run per search; a resumed search goes on.
 
-    def __init__(self, config: SearchConfig, run_folder: Path, study: Study) -> None:
+    A step is an evaluation: of a candidate on a rung. Candidates are no steps, since they come back
+    when they are promoted, and W&B drops what is logged for a step that is over.
+
+    num_evaluations: those that have been finished before.
+    """
+
+    def __init__(
+        self, config: SearchConfig, run_folder: Path, study: Study, num_evaluations: int
+    ) -> None:
         import wandb
 
-        self._quality = config.evolution.quality
+        self._num_evaluations = num_evaluations
         self._run = wandb.init(
             project=config.logger.project,
             entity=config.logger.entity,
@@ -54,22 +63,25 @@ class WandbLogger:
             config=plain(config),
         )
 
-    def log(self, row: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Scores of a candidate; those of one that failed are left out."""
-        values = {name: row[name] for name in LOGGED if row[name] is not None}
-        values |= {"state": row["state"], "architecture": row["architecture"] or ""}
-        if best is not None:
-            values[f"best_{self._quality}"] = best["score"]
-            values["best_latency_ms"] = best["latency_ms"]
-        self._run.log(values, step=row["number"])
+    def log(self, row: dict[str, Any], standing: Mapping[str, float | None]) -> None:
+        """A candidate's scores and how the search stands; what is not known is left out."""
+        values = {**{name: row[name] for name in LOGGED}, **standing}
+        values["architecture"] = row["architecture"]
+        self._num_evaluations += 1
+        self._run.log(
+            {name: value for name, value in values.items() if value is not None},
+            step=self._num_evaluations,
+        )
 
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
 
 
-def open_logger(config: SearchConfig, run_folder: Path, study: Study) -> Logger:
-    """The logger of the config's `logger` group."""
+def open_logger(
+    config: SearchConfig, run_folder: Path, study: Study, num_evaluations: int
+) -> Logger:
+    """The logger of the config's `logger` group. num_evaluations: finished before."""
     if config.logger.name == "wandb":
-        return WandbLogger(config, run_folder, study)
+        return WandbLogger(config, run_folder, study, num_evaluations)
     return NoLogger()

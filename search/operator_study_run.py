@@ -95,6 +95,7 @@ class OperatorStudy:
                 self.progress.say("interrupted; the same command goes on from here")
                 raise
             finally:
+                self.progress.end()
                 if self.entries:
                     rows = self._publish()
         self.progress.say(f"done in {format_duration(watch.seconds)}")

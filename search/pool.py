@@ -77,6 +77,7 @@ class Pool:
             kind, *values = connection.recv()
         except (EOFError, ConnectionError):
             del self._members[index]
+            self._progress.left(index)
             member.process.join()
             if member.process.exitcode == 0:
                 return
@@ -145,10 +146,17 @@ def _search(config: SearchConfig, run_folder: Path, index: int, connection: Conn
         send("problems", error.problems)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        # What Python does at its exit is not to be disturbed.
+        _ignore_signals()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Stop in order; a second signal does not disturb that."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_signals()
     raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

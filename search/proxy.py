@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from search.rungs import MAX_RUNGS
 from search.worker import Report
 from slm.config import ConfigError, schema
 from slm.training.config import OptimizerConfig
@@ -67,6 +68,10 @@ class ProxyConfig:
             problems.append(
                 f"rung_tokens: must be >= the {self.tokens_per_step} tokens of one step, "
                 f"got {self.rung_tokens[0]}"
+            )
+        if len(self.rung_tokens) > MAX_RUNGS:
+            problems.append(
+                f"rung_tokens: must be {MAX_RUNGS} at most, got {len(self.rung_tokens)}"
             )
         if any(later <= rung for rung, later in itertools.pairwise(self.rung_tokens)):
             problems.append(f"rung_tokens: must increase, got {list(self.rung_tokens)}")

@@ -15,10 +15,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from search.factors import Effect, mutation_effects, operator_effects, shape_effects
+from search.history import Quality
 from search.quality import AXES, format_score, in_words
 from search.report_figures import (
     FFN_COLOR,
     MIXER_COLORS,
+    effects_figure,
     frontier_figure,
     hypervolume_figure,
     progress_figure,
@@ -77,9 +80,12 @@ def report_content(run_folder: Path) -> dict[str, Any]:
     scored = list(filter(is_scored, candidates))
     members = frontier.get("members", [])
     chosen = next((r for r in scored if r["digest"] == frontier.get("chosen")), None)
-    quality = search["quality"]
+    quality: Quality = search["quality"]
+    axis = AXES[quality]
     audit = frontier.get("audit") or {"noise": {}, "rank_correlations": []}
     curve = _read_metrics(run_folder / "train" / "metrics.csv")
+    operators, shapes = operator_effects(candidates), shape_effects(candidates)
+    mutations = mutation_effects(candidates)
     return {
         "search": search,
         "candidates": candidates,
@@ -89,16 +95,22 @@ def report_content(run_folder: Path) -> dict[str, Any]:
         "reasons": reasons(chosen, scored, members, search) if chosen else [],
         "lineage": lineage(chosen, candidates) if chosen else [],
         "audit": audit,
+        "findings": findings([*operators, *shapes], quality),
         "trained": _read_json(run_folder / "train" / "result.json"),
         "export": _read_json(run_folder / "export.json"),
         "figures": {
             "frontier": frontier_figure(search, scored, members, chosen),
-            "rungs": rungs_figure(scored, chosen, AXES[quality]),
-            "progress": progress_figure(scored, AXES[quality]),
+            "rungs": rungs_figure(scored, chosen, axis),
+            "progress": progress_figure(scored, axis),
+            "operators": effects_figure(
+                operators, axis, "one standard deviation more of an operator"
+            ),
+            "shapes": effects_figure(shapes, axis, "one standard deviation more"),
+            "mutations": effects_figure(mutations, axis, "a child less its parent"),
             "hypervolume": hypervolume_figure(frontier.get("hypervolume_history", [])),
             "training": training_figure(curve),
             "rank_correlations": [
-                rank_correlation_figure(each, AXES[quality]) for each in audit["rank_correlations"]
+                rank_correlation_figure(each, axis) for each in audit["rank_correlations"]
             ],
         },
     }
@@ -131,12 +143,33 @@ def reasons(
         )
     plain = next((r for r in scored if r["digest"] == search["reference"]["digest"]), None)
     if plain is not None and plain is not chosen:
+        # One of them may have climbed further.
+        theirs, own = list(zip(plain["rungs"], chosen["rungs"], strict=False))[-1]
         found.append(
             f"The plain transformer (#{plain['number']}) reached "
-            f"{format_score(plain['score'], quality)} in {plain['latency_ms']:.2f} ms after the "
-            "same number of training tokens."
+            f"{format_score(theirs['score'], quality)} in {plain['latency_ms']:.2f} ms, this one "
+            f"{format_score(own['score'], quality)}, both after {own['tokens']:,} training tokens."
         )
     return found
+
+
+def findings(effects: list[Effect], quality: Quality) -> str:
+    """Which factors were told from zero, in a sentence."""
+    told = [effect for effect in effects if effect.is_told_from_zero]
+    parts = [
+        f"{verb} with more of: {', '.join(effect.name for effect in group)}"
+        for verb, group in (
+            ("lower", [effect for effect in told if effect.difference < 0]),
+            ("higher", [effect for effect in told if effect.difference > 0]),
+        )
+        if group
+    ]
+    if not parts:
+        return "No factor can be told from chance."
+    return (
+        f"At equal latency the {in_words(quality)} was {'; '.join(parts)}. "
+        "No other can be told from chance."
+    )
 
 
 def lineage(chosen: Record, candidates: list[Record]) -> list[Record]:

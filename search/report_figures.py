@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.factors import Effect
 from search.quality import AXES
 
 Record = dict[str, Any]
@@ -152,6 +153,39 @@ def rank_correlation_figure(found: Record, axis: str) -> str:
     figure.update_xaxes(title=f"{axis}, after {found['short_tokens']:,} tokens")
     figure.update_yaxes(title=f"after {found['long_tokens']:,}")
     return _html(figure, height=340)
+
+
+def effects_figure(effects: list[Effect], axis: str, of: str) -> str | None:
+    """Effects with their intervals, grey where these include zero; None without any."""
+    if not effects:
+        return None
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for effect in reversed(effects):
+        color = QUIET if not effect.is_told_from_zero else LINE if effect.difference < 0 else ACCENT
+        figure.add_trace(
+            go.Scatter(
+                x=[effect.difference],
+                y=[f"{effect.name}, n = {effect.n}"],
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [effect.high - effect.difference],
+                    "arrayminus": [effect.difference - effect.low],
+                    "color": color,
+                },
+                mode="markers",
+                marker={"color": color, "size": 9},
+                text=f"{effect.difference:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]",
+                hovertemplate="%{y}: %{text}<extra></extra>",
+                showlegend=False,
+            )
+        )
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    figure.update_xaxes(title=f"{axis}: {of}")
+    figure.update_yaxes(automargin=True)
+    return _html(figure, height=110 + 30 * len(effects))
 
 
 def training_figure(curve: list[dict[str, float]]) -> str | None:

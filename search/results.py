@@ -45,6 +45,8 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
         **dict.fromkeys(("latency_low_ms", "latency_high_ms", "latency_is_quiet")),
         **dict.fromkeys(("ttft_ms", "tpot_ms", "tokens_per_s")),
         "meets_target": False,
+        # Of what no width makes feasible: latency or size.
+        "misses": None,
         "rung": record.rung,
         "score": record.scores[-1] if record.scores else None,
         **dict.fromkeys(("loss", "bits_per_byte", "train_loss", "tokens", "seconds")),
@@ -156,6 +158,7 @@ def frontier_summary(
     volumes = hypervolume_history(points, worst)
     best = chosen(rows)
     states = [row["state"] for row in rows]
+    misses = [row["misses"] for row in rows]
     return {
         "quality": quality,
         "chosen": best["digest"] if best else None,
@@ -175,6 +178,8 @@ def frontier_summary(
         "num_scored": sum(map(is_scored, rows)),
         "num_failed": states.count("failed"),
         "num_infeasible": states.count("infeasible"),
+        "num_too_slow": misses.count("latency"),
+        "num_too_large": misses.count("size"),
         "tokens": tokens,
     }
 

@@ -35,7 +35,7 @@ class Search:
     def __init__(self, config: SearchConfig, run_folder: Path) -> None:
         self.config = config
         self.folder = run_folder
-        self.progress = Progress(config.num_candidates, config.evolution.quality)
+        self.progress = Progress(config.num_candidates, config.evolution.quality, config.workers)
         self.searcher = Searcher(
             config, run_folder, say=self.progress.say, live=self.progress.live_of(0)
         )
@@ -56,13 +56,13 @@ class Search:
         with self.searcher.resources as resources:
             try:
                 self._prepare()
-                self._logger = open_logger(self.config, self.folder, self.study)
+                self._logger = open_logger(
+                    self.config, self.folder, self.study, self.files.standings.num_evaluations
+                )
                 resources.callback(self._logger.close)
                 self._evaluate_candidates()
                 self._question_frontier()
-                # An audit takes its time, in which all else can be looked at.
-                self._publish("running")
-                run_audit(self.searcher)
+                self._audit()
                 status = "running" if self.study.num_running else "finished"
                 if status == "finished":
                     self.searcher.remove_leftovers()
@@ -94,13 +94,16 @@ class Search:
     def _evaluate_candidates(self) -> None:
         """Until the search is over, by this process or by several."""
         self.progress.begin(self.files.standings.num_done)
-        if self.config.workers == 1:
-            self.searcher.run(self._on_done)
-        else:
-            # Each of the others has its own.
-            self.searcher.worker.close()
-            with Pool(self.config, self.folder, self.progress) as pool:
-                pool.run(self._on_done)
+        try:
+            if self.config.workers == 1:
+                self.searcher.run(self._on_done)
+            else:
+                # Each of the others has its own.
+                self.searcher.worker.close()
+                with Pool(self.config, self.folder, self.progress) as pool:
+                    pool.run(self._on_done)
+        finally:
+            self.progress.end()
 
     def _on_done(self, number: int) -> None:
         """Publish and tell what is known of a candidate that was just evaluated."""
@@ -110,13 +113,28 @@ class Search:
         row = standings.rows[number]
         self.progress.candidate(row, standings.best, standings.num_done, standings.num_on_frontier)
         assert self._logger is not None
-        self._logger.log(row, standings.best)
+        self._logger.log(row, self._standing())
         if time.monotonic() >= self._next_files_s:
             begin_s = time.monotonic()
             self._publish("running")
             seconds = time.monotonic() - begin_s
             pause = max(SECONDS_BETWEEN_FILES, seconds / SHARE_FOR_FILES)
             self._next_files_s = time.monotonic() + pause
+
+    def _standing(self) -> dict[str, float | None]:
+        """How the search stands, in numbers; what `Logger.log` takes."""
+        standings = self.files.standings
+        best = standings.best or {}
+        return {
+            f"best_{self.config.evolution.quality}": best.get("score"),
+            "best_latency_ms": best.get("latency_ms"),
+            "num_on_frontier": standings.num_on_frontier,
+            "hypervolume": standings.hypervolume,
+            "candidates_done": standings.num_done,
+            "candidates_per_hour": self.progress.candidates_per_hour,
+            "proxy_tokens": standings.tokens,
+            "busy_share": self.progress.busy_share,
+        }
 
     # The frontier
 
@@ -134,6 +152,14 @@ class Search:
             self.progress.say(f"no accuracy: {error}")
             return
         self.study.update("cloze_errors", known | found)
+
+    def _audit(self) -> None:
+        """Find out how far scores can be trusted; all else can be looked at meanwhile."""
+        self._publish("running")
+        try:
+            run_audit(self.searcher)
+        finally:
+            self.progress.end()
 
     # For people
 
@@ -155,7 +181,8 @@ class Search:
         seconds = self.study.fact("seconds")
         self.progress.say(
             f"{summary['num_scored']} candidates scored, {summary['num_failed']} failed, "
-            f"{summary['num_infeasible']} too slow, in {format_duration(seconds)}"
+            f"{summary['num_too_slow']} too slow, {summary['num_too_large']} too large, "
+            f"in {format_duration(seconds)}"
         )
         for row in summary["members"]:
             mark = "*" if row["digest"] == summary["chosen"] else " "

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from search.frontier import best_first
 from search.history import Candidate, History, Objective, Promotion
 
+MAX_RUNGS = 16
 # How many of the newest candidates of a rung are compared.
 NUM_PEERS = 256
 

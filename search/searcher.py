@@ -20,6 +20,7 @@ from search.devices import visible_devices
 from search.evaluate import Evaluator
 from search.evolution import next_step
 from search.history import Promotion
+from search.progress import WAITING
 from search.space import SearchSpace
 from search.study import Claim, StaleTrialError, Study
 from search.worker import JobError, Worker
@@ -232,7 +233,7 @@ class Searcher:
                     if self.study.history.num_tried < self.config.num_candidates:
                         self.say("the space has no further architecture that can be reached")
                     return None
-                self.live("waiting for the others")
+                self.live(WAITING)
                 time.sleep(IDLE_SECONDS)
                 continue
             if isinstance(step, Promotion):
@@ -303,11 +304,13 @@ class Searcher:
             if result["latency_ms"] <= target_ms:
                 return architecture, result
         if fitting:
+            result["misses"] = "latency"
             claim.reject(f"measured {result['latency_ms']:.4g} ms at its narrowest", result)
         else:
             width = self.space.available_widths(genotype)[-1]
             narrowest = self.space.realize(genotype, width, self.corpus.vocab_size)
             problems = self.space.size_problems(narrowest)
+            result["misses"] = "size" if problems else "latency"
             claim.reject(
                 "; ".join(problems)
                 or f"predicted {self._predict_ms(narrowest):.4g} ms at its narrowest",

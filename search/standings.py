@@ -16,7 +16,9 @@ class Standings:
     """Rows of a study's candidates, by number, as they were at the last `update`.
 
     best: the best score that meets the target. num_done: candidates that are done with a rung, or
-    failed. context_tokens: of the workload. quality: what scores are.
+    failed. num_evaluations: rungs that candidates are done with, failed on or were too slow for.
+    tokens: that all of them were trained on. context_tokens: of the workload. quality: what scores
+    are.
     """
 
     def __init__(
@@ -25,6 +27,8 @@ class Standings:
         self.rows: list[Row] = []
         self.best: Row | None = None
         self.num_done = 0
+        self.num_evaluations = 0
+        self.tokens = 0
         self._study = study
         self._space = space
         self._context_tokens = context_tokens
@@ -39,6 +43,11 @@ class Standings:
     def num_on_frontier(self) -> int:
         """Members of the frontier."""
         return len(self._frontier.points) if self._frontier is not None else 0
+
+    @property
+    def hypervolume(self) -> float:
+        """Of the frontier."""
+        return self._frontier.hypervolume if self._frontier is not None else 0.0
 
     def update(self) -> None:
         """Take over what the study has read since."""
@@ -56,6 +65,8 @@ class Standings:
             row = candidate_row(record, self._space, self._target_ms, self._context_tokens)
             self.rows[number : number + 1] = [row]
             self.num_done += _is_done(row) - (before is not None and _is_done(before))
+            self.num_evaluations += _num_evaluations(row) - _num_evaluations(before)
+            self.tokens += _tokens(row) - _tokens(before)
             if is_scored(row):
                 self._frontier.add((row["score"], row["latency_ms"]))
             if before is not None and before is self.best:
@@ -66,3 +77,11 @@ class Standings:
 
 def _is_done(row: Row) -> bool:
     return bool(row["rungs"]) or row["state"] == "failed"
+
+
+def _num_evaluations(row: Row | None) -> int:
+    return len(row["rungs"]) + (row["state"] in ("failed", "infeasible")) if row else 0
+
+
+def _tokens(row: Row | None) -> int:
+    return row["rungs"][-1]["tokens"] if row and row["rungs"] else 0

@@ -36,6 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal, State
 from search.owner import Owner
+from search.rungs import MAX_RUNGS
 from search.space import SearchSpace
 from search.storage import StorageConfig
 from slm.config import ConfigError
@@ -44,8 +45,10 @@ from slm.config import ConfigError
 MAX_ATTEMPTS = 3
 # A lease is renewed when so much of it is over.
 RENEWAL_SHARE = 0.25
-# What `optuna.Trial.set_constraint` calls a constraint: above zero it is missed.
-CONSTRAINT = "constraints:latency_over_target_ms"
+# Where Optuna's dashboard, too, looks for constraints: above zero they are missed.
+CONSTRAINTS = "constraints"
+# Of the parameter of that name.
+RUNGS = optuna.distributions.IntDistribution(0, MAX_RUNGS - 1)
 # Attributes of a trial: its candidate's proposal; rung, owner and when the owner was last heard of.
 # Few, since storage takes its time for each.
 PROPOSAL = "proposal"
@@ -267,13 +270,13 @@ class Study:
 
     def _claim(self, proposal: Proposal, rung: int) -> Claim | None:
         """Create a trial and claim it, unless there is an earlier one that was not lost."""
-        parameters = self._parameters(proposal.genotype)
+        parameters = self._parameters(proposal.genotype, rung)
         claim = {"rung": rung, "owner": asdict(self.owner), "heartbeat": time.time()}
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             user_attrs={PROPOSAL: _to_json(proposal), CLAIM: claim},
             params=parameters,
-            distributions=dict.fromkeys(parameters, self._distribution),
+            distributions={**dict.fromkeys(parameters, self._distribution), "rung": RUNGS},
         )
         study_id = self._study._study_id
         trial_id = self._storage.create_new_trial(study_id, trial)
@@ -292,12 +295,13 @@ class Study:
             return None
         return result
 
-    def _parameters(self, genotype: Genotype) -> dict[str, int]:
-        """What a genotype is made of, in numbers that Optuna's dashboard can plot."""
+    def _parameters(self, genotype: Genotype, rung: int) -> dict[str, int]:
+        """What scores depend on, in numbers that Optuna's dashboard can plot: most on the rung."""
         counts = Counter(genotype.operators())
         parameters = {
+            "rung": rung,
             "blocks": len(genotype.pattern),
-            **{short: counts[text] for text, short in self._space.legend.items()},
+            **{text: counts[text] for text in self._space.legend},
         }
         if len(self._space.config.meta_tokens) > 1:
             parameters["meta_tokens"] = genotype.meta_tokens
@@ -335,7 +339,7 @@ class Claim:
     ) -> None:
         """Record the objectives, what else is known, and the latency beyond the target."""
         self._note("result", json.dumps(result))
-        self._write(self._storage.set_trial_system_attr, CONSTRAINT, excess_ms)
+        self._write(self._storage.set_trial_system_attr, CONSTRAINTS, [excess_ms])
         self._finish(TrialState.COMPLETE, values)
 
     def fail(self, error: str, result: Mapping[str, Any]) -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from numerics import relative_rms
+from omegaconf import open_dict
 from pages import page_blocks, page_commands
 from torch import Tensor
 
+from search.config import read_config
 from slm.architecture import Architecture
+from slm.config import compose
 from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
@@ -47,6 +50,7 @@ TINY = {
         *("evolution.sample_size=2", "proxy.rung_tokens=[64]", "proxy.batch_size=4"),
         *("proxy.sequence_tokens=8", "proxy.validation_tokens=128", "training_threads=1"),
     ],
+    "search.report": [],
     "search.operator_study": [
         *(*TEXT, *PROTOCOL, *WORKLOAD, "parameters=40000", "processes=1", "accuracy_items=5"),
         *("space.num_operators=2", "space.max_width=96", "proxy.rung_tokens=[64]"),
@@ -231,6 +235,38 @@ def test_the_operator_study_gives_what_its_page_says(
         }
         assert all(row["error"] is None for row in rows)
         assert columns - {"latency", "parameters"} <= set(rows[0])
+
+
+def test_a_search_leaves_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = root / "docs" / "search.md"
+    (_, searched), (_, reported) = run_page(root, page, tmp_path)
+    assert "3 candidates scored, 0 failed, 0 too slow, 0 too large" in searched
+    assert "report    runs/mine/report.html" in reported
+    run_folder = tmp_path / "runs" / "mine"
+    table = page.read_text().partition("| in `runs/<name>/` | |")[2].partition("##")[0]
+    named = re.findall(r"`([\w./<>]+)`", "".join(re.findall(r"^\|([^|]*)\|", table, flags=re.M)))
+    assert "report.html" in named
+    digest = (run_folder / "frontier" / "chosen").read_text().strip()
+    for name in set(named) - {"journal.log"}:
+        assert (run_folder / name.replace("<digest>", digest)).exists(), name
+
+
+def test_other_searches_of_the_page_can_be_composed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take hours; that their configs are whole is what can be said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    for block in page_blocks(root / "docs" / "search.md", "bash"):
+        for line in block.splitlines():
+            if not line.startswith("#"):
+                python, _, module, *overrides = shlex.split(line)
+                assert (python, module) == ("python", "search")
+                config = compose("search", overrides)[0]
+                with open_dict(config):
+                    del config["hydra"]
+                assert read_config(config).name == config.name
 
 
 def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:

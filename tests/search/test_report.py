@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from search.report import operator_colors, report_content, write_report
+from search.report_figures import ACCENT, LINE
 
 OPERATORS = ["attention(head_dim=16)", "ffn", "deltanet(head_dim=16)", "ffn"]
 
@@ -21,6 +23,7 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
         "seed_name": None,
         "parent": None,
         "factor": None,
+        "genotype": {"meta_tokens": 8},
         "operators": OPERATORS,
         "short": "A F D F",
         "width": 64,
@@ -54,7 +57,7 @@ def record(number: int, loss: float, latency_ms: float, **changes: Any) -> dict[
 def run_folder(tmp_path: Path) -> Path:
     scored = [record(0, 5.0, 9.0), record(1, 5.5, 6.0), record(2, 4.5, 12.0), record(3, 6.0, 8.0)]
     nothing = {"loss": None, "score": None, "latency_ms": None}
-    lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", **nothing}
+    lost = record(4, 0, 0) | {"state": "failed", "error": "worker <died>", "rungs": [], **nothing}
     members = [
         {**scored[number], "is_different": is_different}
         for number, is_different in ((1, True), (0, None), (2, False))
@@ -118,7 +121,8 @@ def test_page_is_self_contained_and_names_the_chosen_one(run_folder: Path) -> No
     assert "The chosen architecture: #0" in text
     assert "of the 3 candidates measured within the target of 10.00 ms (4 were scored)" in text
     assert "#1) takes 6.00 ms instead of 9.00 ms and loses 0.5000 nats" in text
-    assert "plain transformer (#3) reached 6.0000 nats in 8.00 ms" in text
+    assert "plain transformer (#3) reached 6.0000 nats in 8.00 ms, this one 5.0000 nats" in text
+    assert "both after 1,000 training tokens" in text
     assert "9.00 [8.90, 9.20]" in text
     assert "41.0 [38.0, 44.0]" in text
     assert "A & B processor" in text
@@ -141,6 +145,7 @@ def test_ancestors_and_rungs_are_shown(run_folder: Path) -> None:
     candidates[1] |= {"parent": 3, "factor": "ratio"}
     candidates[0] |= {"parent": 1, "factor": "order"}
     candidates[0]["rungs"].append({"tokens": 4000, "loss": 4.0, "score": 4.0, "finished_at": ""})
+    candidates[0] |= {"loss": 4.0, "score": 4.0}
     path.write_text(json.dumps(candidates))
     content = report_content(run_folder)
     assert [record["number"] for record in content["lineage"]] == [3, 1, 0]
@@ -148,6 +153,10 @@ def test_ancestors_and_rungs_are_shown(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     assert "Its lineage" in page.text
     assert "From rung to rung" in page.text
+    # The plain transformer did not climb: what both have reached is compared.
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Lowest loss (4.0000 nats)" in text
+    assert "this one 5.0000 nats, both after 1,000 training tokens" in text
 
 
 def test_what_the_audit_found_is_shown(run_folder: Path) -> None:
@@ -186,6 +195,34 @@ def test_another_objective_goes_by_its_name(run_folder: Path) -> None:
     text = re.sub(r"\s+", " ", Page(write_report(run_folder)).text)
     assert "Lowest cloze error (0.2500) of the 3 candidates" in text
     assert "share of wrong answers" in report_content(run_folder)["figures"]["frontier"]
+
+
+def test_factors_are_named_if_they_are_told_from_zero(run_folder: Path) -> None:
+    """Attention lowers the loss in all, the rest is chance."""
+    assert "Which factors mattered" not in Page(write_report(run_folder)).text
+    rng = random.Random(0)
+    candidates = []
+    for number in range(40):
+        counts = [rng.randint(1, 4) for _ in range(3)]
+        operators = [text for text, n in zip(OPERATORS[:3], counts, strict=True) for _ in range(n)]
+        loss = 5 - 0.3 * counts[0] + rng.gauss(0, 0.1)
+        candidates.append(record(number, loss, rng.uniform(5, 10), operators=operators))
+    (run_folder / "candidates.json").write_text(json.dumps(candidates))
+    content = report_content(run_folder)
+    assert content["findings"].startswith(
+        "At equal latency the loss was lower with more of: attention(head_dim=16)"
+    )
+    assert "deltanet" not in content["findings"]
+    figure = content["figures"]["operators"]
+    assert LINE in figure
+    assert ACCENT not in figure
+    assert content["figures"]["mutations"] is None
+    assert "Which factors mattered" in Page(write_report(run_folder)).text
+    search = json.loads((run_folder / "search.json").read_text())
+    (run_folder / "search.json").write_text(json.dumps(search | {"quality": "cloze_error"}))
+    content = report_content(run_folder)
+    assert content["findings"].startswith("At equal latency the cloze error was lower with more of")
+    assert "wrong answers in the word cloze: one standard" in content["figures"]["operators"]
 
 
 def test_training_and_export_appear_once_there(run_folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from search.evaluate import Evaluator
 from search.proxy import load_weights
 from search.results import WORST_LATENCY_TARGETS
 from search.run import Search
+from search.searcher import Searcher
 from search.storage import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
@@ -244,15 +246,76 @@ def test_a_target_out_of_reach_is_said(experiment, tmp_path):
     assert "predicted" in output
     # Nothing was trained for it.
     assert list((tmp_path / "candidates").iterdir()) == []
+    assert [row["misses"] for row in read_json(tmp_path / "candidates.json")] == ["latency"] * 3
 
 
-def test_wandb_gets_every_candidate(experiment, tmp_path):
-    overrides = ("logger=wandb", "logger.offline=true", "num_candidates=2", "accuracy_items=0")
-    finish(start(experiment, tmp_path, *overrides))
-    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    for row in read_json(tmp_path / "candidates.json"):
-        assert row["architecture"].encode() in content
+def test_wandb_gets_every_evaluation_and_how_the_search_stands(root, tmp_path, monkeypatch):
+    """In a search whose scores cost nothing; all else is a search's own."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    # Put back afterwards.
+    monkeypatch.setattr("search.run.Searcher", Searcher)
+    from cheap_search import cheap_search
+
+    size = "space.constraints.max_parameters=420000"
+    overrides = ("logger=wandb", "logger.offline=true", size)
+    logged: list[dict] = []
+    # The second search goes on with the first.
+    for num_candidates in (6, 12):
+        cheap_search(tmp_path, num_candidates, "sqlite", *overrides).run()
+        (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+        logged += wandb_history(record)
+        record.rename(tmp_path / f"{num_candidates}-{record.name}")
+    names = {path.name.partition("-")[2] for path in tmp_path.glob("*.wandb")}
+    assert len(names) == 1, "the second is another run"
+    # W&B drops a row whose step is not above the last one's.
+    assert [values["_step"] for values in logged] == list(range(1, len(logged) + 1))
+    rows = read_json(tmp_path / "candidates.json")
+    assert any(row["rung"] > 0 for row in rows)
+    for row in rows:
+        is_too_large = "max_parameters" in (row["error"] or "")
+        assert row["misses"] == ("size" if is_too_large else None)
+    for row in rows:
+        of_row = [values for values in logged if values["number"] == row["number"]]
+        assert {values["state"] for values in of_row} == {row["state"]}
+        losses = [values["loss"] for values in of_row if "loss" in values]
+        assert losses == [each["loss"] for each in row["rungs"]]
+    frontier = read_json(tmp_path / "frontier.json")
+    assert frontier["num_too_slow"] == 0
+    assert frontier["num_too_large"] == sum(row["state"] == "infeasible" for row in rows) > 0
+    last = logged[-1]
+    assert last["best_loss"] == min(row["loss"] for row in rows if row["loss"] is not None)
+    assert last["num_on_frontier"] == len(frontier["members"])
+    assert last["hypervolume"] == frontier["hypervolume"]
+    assert last["proxy_tokens"] == frontier["tokens"]
+    assert (last["candidates_done"], last["busy_share"]) == (12, 1.0)
+    assert last["candidates_per_hour"] > 0
+
+
+def wandb_history(path: Path) -> list[dict]:
+    """The rows that W&B has written to a file.
+
+    It is a log as LevelDB has it: blocks of 32 KiB, in them pieces of records, each after its
+    checksum (4 bytes), length (2) and kind (1: whole record, 2: first piece, 3: next, 4: last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, pieces, history = path.read_bytes(), 7, b"", []
+    while place < len(content):
+        if (left := -place % 2**15) and left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        pieces += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record, pieces = Record.FromString(pieces), b""
+            if record.HasField("history"):
+                items = record.history.item
+                names = [item.key or "/".join(item.nested_key) for item in items]
+                values = [json.loads(item.value_json) for item in items]
+                history.append(dict(zip(names, values, strict=True)))
+    return history
 
 
 def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
