@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slm.architecture import Architecture
 
 if TYPE_CHECKING:
+    from latency.workload import Workload
     from search.worker import Report
 
 POINTS = 20
@@ -27,7 +28,9 @@ class CheapEvaluator:
     folder: Path
     seconds: float
 
-    def measure(self, text: str, reference_ms: float, report: Report) -> dict[str, float | bool]:
+    def measure(
+        self, text: str, workload: Workload, reference_ms: float, report: Report
+    ) -> dict[str, float | bool]:
         """A latency in the neighbourhood of the prediction."""
         latency_ms = predicted_ms(Architecture.parse(text)) * (0.97 + 0.06 * draw(text))
         return {

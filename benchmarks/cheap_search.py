@@ -17,6 +17,7 @@ from typing import Any
 from cheap_evaluator import CheapEvaluator, predicted_ms
 from omegaconf import open_dict
 
+from latency.workload import Workload
 from search import run
 from search.config import SearchConfig, read_config
 from search.run import Search
@@ -43,9 +44,10 @@ class CheapSearcher(Searcher):
     @cached_property
     def tables(self) -> Any:
         """What is asked for is the reference's time."""
-        return {self.config.space.meta_tokens[0]: SimpleNamespace(reference_ms=1.0)}
+        key = self.config.workload, self.config.space.meta_tokens[0]
+        return {key: SimpleNamespace(reference_ms=1.0)}
 
-    def _predict_ms(self, architecture: Architecture) -> float:
+    def _predict_ms(self, architecture: Architecture, workload: Workload) -> float:
         return predicted_ms(architecture)
 
     @cached_property
@@ -65,7 +67,7 @@ class CheapSearcher(Searcher):
                 "architecture": str(reference),
                 "digest": reference.digest,
                 "parameters": reference.parameters(),
-                **self.run_job("measure", str(reference), 1.0),
+                **self.run_job("measure", str(reference), self.config.workload, 1.0),
             },
             "table": "",
             "started_at": "",

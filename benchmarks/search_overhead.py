@@ -19,10 +19,13 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from search.run import Search
 
 STORAGES = ("sqlite", "journal")
 # Trials whose time is taken at each size.
@@ -67,8 +70,14 @@ def measure_start() -> float:
     with tempfile.TemporaryDirectory() as folder:
         search = cheap_search(Path(folder), CANDIDATES_PER_PROCESS, STORAGES[0])
         with search.searcher.resources:
-            search.searcher.run_job("measure", "width=32 vocab_size=16 | ffn", 1.0)
+            do_first_job(search)
             return 1000 * (time.time() - psutil.Process().create_time())
+
+
+def do_first_job(search: Search) -> None:
+    """Start the search's worker."""
+    workload = search.searcher.config.workload
+    search.searcher.run_job("measure", "width=32 vocab_size=16 | ffn", workload, 1.0)
 
 
 def measure(folder: Path, storage: str, sizes: list[int], process_ms: float) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def measure(folder: Path, storage: str, sizes: list[int], process_ms: float) -> 
 
     # Every candidate has a trial at least.
     search = cheap_search(folder, sizes[-1], storage)
-    search.searcher.run_job("measure", "width=32 vocab_size=16 | ffn", 1.0)
+    do_first_job(search)
     # After each trial: when, and how many candidates there were.
     done: list[tuple[float, int]] = []
     tell = search._on_done

@@ -12,10 +12,12 @@ from pydantic import Field
 from latency.timer import Protocol
 from latency.workload import Workload
 from search.audit import AuditConfig
+from search.devices import device_names
 from search.evolution import EvolutionConfig
 from search.proxy import ProxyConfig
 from search.space import SpaceConfig
 from search.storage import StorageConfig
+from search.target import LatencyLimit
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.plugins import plugin_digests
@@ -31,7 +33,8 @@ class SearchConfig(RuntimeConfig):
 
     name: names the study and the run's folder.
     target_ms: latency of one request of the workload; None: that of the space's reference.
-    screen_margin: what the table predicts to exceed the target by no more than this share is still
+    limits: further workloads, by name, whose latency candidates must meet as well.
+    screen_margin: what the table predicts to exceed a target by no more than this share is still
         measured.
     num_candidates: how many are trained, seeds included; may be raised to go on with a search.
     max_infeasible: the search gives up after so many proposals in a row that miss the target.
@@ -40,8 +43,10 @@ class SearchConfig(RuntimeConfig):
         the audit what that says. 0: none.
     workers: processes that evaluate candidates side by side; they take the visible GPUs in turn.
         More may be started by hand, here or elsewhere, with the same command and storage.
+    devices_per_candidate: processes that train a candidate together, each on a GPU of its own where
+        there are GPUs; its latency is measured on the first.
     latency_threads, training_threads: CPU threads to measure and to train with; None: torch's
-        choice, several workers share the cores.
+        choice, several processes share the cores.
     """
 
     space: SpaceConfig
@@ -57,11 +62,13 @@ class SearchConfig(RuntimeConfig):
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     target_ms: Annotated[float, Field(gt=0)] | None
+    limits: dict[str, LatencyLimit]
     screen_margin: Annotated[float, Field(ge=0)]
     num_candidates: Positive
     max_infeasible: Positive
     accuracy_items: Annotated[int, Field(ge=0)]
     workers: Positive
+    devices_per_candidate: Positive
     latency_threads: Positive | None
     training_threads: Positive | None
 
@@ -85,6 +92,7 @@ class SearchConfig(RuntimeConfig):
             problems.append(
                 f"workers: sqlite storage is for one, got {self.workers}; take storage=journal"
             )
+        problems += self._problems_of_devices()
         if self.protocol.compile_unit == "step":
             problems.append(
                 "protocol.compile_unit: must be 'operator', which candidates share, or 'eager', "
@@ -93,19 +101,39 @@ class SearchConfig(RuntimeConfig):
         if problems:
             raise ConfigError(problems)
 
+    def _problems_of_devices(self) -> list[str]:
+        count = self.devices_per_candidate
+        if count == 1:
+            return []
+        found = []
+        if self.proxy.batch_size % count:
+            found.append(
+                f"devices_per_candidate: must divide proxy.batch_size {self.proxy.batch_size}, "
+                f"got {count}"
+            )
+        num_visible = len(device_names())
+        # Unlike workers of one GPU each, ranks cannot share a GPU. A CPU all can share.
+        if 0 < num_visible < self.workers * count:
+            found.append(
+                f"devices_per_candidate: {self.workers} workers with {count} GPUs each need "
+                f"{self.workers * count}, {num_visible} are visible"
+            )
+        return found
+
     @property
     def threads_to_train(self) -> int | None:
-        """CPU threads of each worker: of torch's choice each would take all cores."""
-        if self.training_threads is None and self.workers > 1:
-            return max(1, len(os.sched_getaffinity(0)) // self.workers)
+        """CPU threads of each process: of torch's choice each would take all cores."""
+        processes = self.workers * self.devices_per_candidate
+        if self.training_threads is None and processes > 1:
+            return max(1, len(os.sched_getaffinity(0)) // processes)
         return self.training_threads
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for the scores of a search to be comparable."""
         decisive = (
             *("space", "data", "tokenizer", "workload", "protocol", "evolution", "proxy"),
-            *("backend", "seed", "target_ms", "screen_margin", "training_threads"),
-            "accuracy_items",
+            *("backend", "seed", "target_ms", "limits", "screen_margin", "accuracy_items"),
+            *("devices_per_candidate", "training_threads"),
         )
         values = plain(self)
         identity = {key: values[key] for key in decisive}

@@ -12,24 +12,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latency.timer import Protocol
 from search.history import Quality
+from search.proxy import ProxyConfig
 from search.worker import Report
+from slm.runtime import Runtime
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from latency.device import Device
     from latency.profile import Profile
-    from latency.timer import Protocol
     from latency.workload import Workload
-    from search.proxy import ProxyConfig, ProxyTraining
+    from search.proxy import ProxyTraining
     from slm.architecture import Architecture
     from slm.data import PackedCorpus
     from slm.data.cloze import ClozeItem
     from slm.data.continuation import ContinuationItem
     from slm.evaluation import Accuracy
     from slm.model import LanguageModel
-    from slm.runtime import Runtime
 
 
 # Sentences, or stretches of text, that are scored at a time.
@@ -49,7 +50,6 @@ class BaseEvaluator:
 
     runtime: Runtime
     corpus_folder: Path
-    workload: Workload
     protocol: Protocol
     proxy: ProxyConfig
     latency_threads: int | None
@@ -71,12 +71,12 @@ class BaseEvaluator:
             torch.set_num_threads(self.training_threads)
         return PackedCorpus.open(self.corpus_folder)
 
-    def _measure(self, text: str) -> Profile:
+    def _measure(self, text: str, workload: Workload) -> Profile:
         """Latency of the whole model, freshly initialised, by the decoder that users call."""
         from latency.profile import profile
 
         device = self._set_up_measuring()
-        return profile(_parse(text), self.workload, device, self.protocol)
+        return profile(_parse(text), workload, device, self.protocol)
 
     def _train(
         self,
@@ -87,10 +87,9 @@ class BaseEvaluator:
         report: Report,
         start: Path | None = None,
         parent: tuple[Architecture, Path] | None = None,
-    ) -> tuple[ProxyTraining, dict[str, Any]]:
-        """The proxy training, gone on with from the file `start`, and what is known of it."""
+    ) -> ProxyTraining:
+        """The proxy training, gone on with from the file `start`."""
         from search.proxy import ProxyTraining
-        from slm.evaluation import bits_per_byte
 
         try:
             training = ProxyTraining(_parse(text), corpus, self.proxy, seed, parent)
@@ -104,9 +103,15 @@ class BaseEvaluator:
             except ValueError as error:
                 report({"warning": f"{error}; training it from its first token"})
         training.train(tokens, report)
+        return training
+
+    def _result(self, training: ProxyTraining, corpus: PackedCorpus) -> dict[str, Any]:
+        """What is known of a training."""
+        from slm.evaluation import bits_per_byte
+
         result = training.result()
         bits = bits_per_byte(result.loss, corpus.validation)
-        return training, {**asdict(result), "bits_per_byte": bits}
+        return {**asdict(result), "bits_per_byte": bits}
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Evaluator(BaseEvaluator):
 
     candidates_folder: where checkpoints are kept. cache_dir: where latencies are.
     quality: what candidates are ranked by. accuracy_items: questions for each kind of accuracy.
+    devices_per_candidate: processes that train a candidate together.
     """
 
     candidates_folder: Path
@@ -122,11 +128,12 @@ class Evaluator(BaseEvaluator):
     seed: int
     quality: Quality
     accuracy_items: int
+    devices_per_candidate: int
 
     def measure(
-        self, text: str, table_reference_ms: float, report: Report
+        self, text: str, workload: Workload, table_reference_ms: float, report: Report
     ) -> dict[str, float | bool]:
-        """Latencies of a candidate.
+        """Latencies of a candidate under a workload.
 
         table_reference_ms: how long the request that runs beside every measurement took when the
         latency table was made. All times but `latency_raw_ms` are brought to that machine speed.
@@ -137,9 +144,9 @@ class Evaluator(BaseEvaluator):
         device = self._set_up_measuring()
         records = Records(self.cache_dir, device)
         unit = self.protocol.compile_unit
-        record = records.read(_parse(text), self.workload, unit)
+        record = records.read(_parse(text), workload, unit)
         if record is None or record["protocol"] != asdict(self.protocol):
-            record = self._measure(text).to_dict()
+            record = self._measure(text, workload).to_dict()
             records.write(record)
         request = record["request_ms"]
         scale = record["request_per_reference"] * table_reference_ms / request["median_ms"]
@@ -169,9 +176,29 @@ class Evaluator(BaseEvaluator):
         `parent`, an architecture and its checkpoint, if there is one. checkpoint: to leave behind.
         Checkpoints are files of `candidates_folder`.
         """
+        return self._by_ranks(
+            "train_here",
+            report,
+            text=text,
+            tokens=tokens,
+            start=start,
+            parent=parent,
+            checkpoint=checkpoint,
+        )
+
+    def train_here(
+        self,
+        text: str,
+        tokens: int,
+        start: str | None,
+        parent: tuple[str, str] | None,
+        checkpoint: str,
+        report: Report,
+    ) -> dict[str, Any]:
+        """What `train` does, by this process, or by the rank that it is; the first has a result."""
         corpus = self._set_up_training()
         folder = self.candidates_folder
-        training, result = self._train(
+        training = self._train(
             text,
             corpus,
             tokens,
@@ -180,7 +207,10 @@ class Evaluator(BaseEvaluator):
             None if start is None else folder / start,
             None if parent is None else (_parse(parent[0]), folder / parent[1]),
         )
-        training.save(self.candidates_folder / checkpoint)
+        if not training.ranks.is_first:
+            return {}
+        result = self._result(training, corpus)
+        training.save(folder / checkpoint)
         result["loss_curve"] = _thinned(result["loss_curve"])
         return {
             **result,
@@ -202,21 +232,51 @@ class Evaluator(BaseEvaluator):
         start: checkpoint to go on from; None begins with the first token. The result holds, as
         `scores`, the search's quality after each budget; and all `qualities` after the last.
         """
+        return self._by_ranks(
+            "audit_here",
+            report,
+            text=text,
+            budgets=budgets,
+            start=start,
+            seed=seed,
+            qualities=qualities,
+        )
+
+    def audit_here(
+        self,
+        text: str,
+        budgets: Sequence[int],
+        start: str | None,
+        seed: int,
+        qualities: Sequence[Quality],
+        report: Report,
+    ) -> dict[str, Any]:
+        """What `audit` does, as `train_here` does it."""
         corpus = self._set_up_training()
-        first, *further = budgets
         origin = None if start is None else self.candidates_folder / start
-        training, result = self._train(text, corpus, first, seed, report, origin)
-        found = {"loss": result["loss"], **self._errors(training.model, [self.quality])}
-        scores = [found[self.quality]]
-        for tokens in further:
+        training = self._train(text, corpus, budgets[0], seed, report, origin)
+        found: dict[str, float] = {}
+        scores = []
+        for tokens in budgets:
             training.train(tokens, report)
-            found = {
-                "loss": training.validate(),
-                **self._errors(training.model, [self.quality]),
-            }
-            scores.append(found[self.quality])
+            # The others wait for it before their next step.
+            if training.ranks.is_first:
+                loss = training.validate()
+                found = {"loss": loss, **self._errors(training.model, [self.quality])}
+                scores.append(found[self.quality])
+        if not training.ranks.is_first:
+            return {}
         others = [name for name in qualities if name != self.quality]
         return {"scores": scores, **found, **self._errors(training.model, others)}
+
+    def _by_ranks(self, method: str, report: Report, **arguments: Any) -> dict[str, Any]:
+        """What a method gives, run by a rank for each of a candidate's devices, or here for one."""
+        from search.launch import run_by_ranks
+
+        if self.devices_per_candidate == 1:
+            result: dict[str, Any] = getattr(self, method)(**arguments, report=report)
+            return result
+        return run_by_ranks(self, method, arguments, self.devices_per_candidate, report)
 
     def question(self, checkpoints: dict[str, str], report: Report) -> dict[str, dict[str, float]]:
         """Cloze errors, by digest, of architectures whose checkpoints are given."""

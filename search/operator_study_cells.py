@@ -21,6 +21,7 @@ from search.worker import Report
 from slm.config import ConfigError
 
 if TYPE_CHECKING:
+    from latency.workload import Workload
     from slm.data import PackedCorpus
     from slm.data.cloze import ClozeItem
     from slm.model import LanguageModel
@@ -74,9 +75,10 @@ class CellStore:
 class CellEvaluator(BaseEvaluator):
     """Makes the cells of an operator study.
 
-    accuracy_items: questions of the word cloze put to each model.
+    workload: what is timed. accuracy_items: questions of the word cloze put to each model.
     """
 
+    workload: Workload
     accuracy_items: int
 
     def yardstick(self, report: Report) -> Cell:
@@ -90,7 +92,7 @@ class CellEvaluator(BaseEvaluator):
 
     def measure(self, text: str, reference_ms: float, report: Report) -> Cell:
         """Latencies of a model, brought to the machine speed at which the yardstick was taken."""
-        result = self._measure(text)
+        result = self._measure(text, self.workload)
         scale = result.request_per_reference * reference_ms / result.request_ms.median_ms
         cell: Cell = {
             "architecture": text,
@@ -112,7 +114,8 @@ class CellEvaluator(BaseEvaluator):
     def train(self, text: str, seed: int, report: Report) -> Cell:
         """Proxy training with a seed, and the word cloze; `right` has a 1 per right answer."""
         corpus = self._set_up_training()
-        training, result = self._train(text, corpus, self.proxy.rung_tokens[0], seed, report)
+        training = self._train(text, corpus, self.proxy.rung_tokens[0], seed, report)
+        result = self._result(training, corpus)
         right = self._answer(training.model, corpus)
         return {"architecture": text, "seed": seed, **result, "right": right}
 

@@ -109,9 +109,11 @@ class ProxyTraining:
 
     parent: architecture and checkpoint whose weights it begins with, as far as they fit.
 
-    The same arguments give the same weights on the same device with the same number of threads,
+    The same arguments give the same weights on the same devices with the same number of threads,
     however often the training was saved and loaded in between.
 
+    ranks: the processes that train it together. Each holds all of it and reads its share of every
+        batch; their mean gradient is that of the batch, since none of its targets is masked.
     step: optimizer steps so far. loss_curve: (tokens, training loss) pairs. seconds: of training.
     """
 
@@ -125,17 +127,21 @@ class ProxyTraining:
     ) -> None:
         import torch
 
+        from search.ranks import Ranks
         from search.warm_start import inherit
         from slm.data.dataset import PackedDataset
         from slm.model import LanguageModel
         from slm.training.optimizer import build_optimizer
 
         self.config = config
+        self.ranks = Ranks()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.model = LanguageModel(architecture).to(self.device)
-        if parent is not None:
+        # By the first alone: the parent's file may be there for one rank and gone for the next.
+        if parent is not None and self.ranks.is_first:
             inherit(self.model, parent[0], read_weights(parent[1]))
+        self.ranks.copy_first(self.model.state_dict().values())
         last_step = config.num_steps(config.rung_tokens[-1])
         self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, last_step)
         self.step = 0
@@ -153,18 +159,17 @@ class ProxyTraining:
         """
         import torch
 
-        from latency.lock import device_lock
-
         last_step = self.config.num_steps(tokens)
         window: list[Tensor] = []
         begin_s = time.monotonic()
         while self.step < last_step:
-            # Shared: no latency is measured beside a step.
-            with device_lock(exclusive=False):
+            with self.ranks.undisturbed():
                 window.append(self._train_step())
             self.step += 1
             if self.step % STEPS_PER_POINT == 0 or self.step == last_step:
-                loss = torch.stack(window).mean().item()
+                mean = torch.stack(window).mean()
+                self.ranks.average([mean])
+                loss = mean.item()
                 window.clear()
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {self.step}")
@@ -259,12 +264,13 @@ class ProxyTraining:
         from slm.training.loss import next_token_loss
         from slm.training.precision import autocast
 
-        rows = [self._dataset[row] for row in self._rows(self.step)]
+        rows = [self._dataset[row] for row in self.ranks.share(self._rows(self.step))]
         batch = {name: tensor.to(self.device) for name, tensor in default_collate(rows).items()}
         with autocast(self.device, self.config.precision):
             loss = next_token_loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average(p.grad for p in self.model.parameters() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
         self.scheduler.step()

@@ -44,6 +44,8 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
         **dict.fromkeys(("state_bytes", "memory_bytes", "predicted_ms", "latency_ms")),
         **dict.fromkeys(("latency_low_ms", "latency_high_ms", "latency_is_quiet")),
         **dict.fromkeys(("ttft_ms", "tpot_ms", "tokens_per_s")),
+        # The same under the workload of each limit, by its name.
+        "limits": {},
         "meets_target": False,
         # Of what no width makes feasible: latency or size.
         "misses": None,
@@ -69,7 +71,8 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
     if row["architecture"] is not None:
         row |= _architecture_fields(row["architecture"], context)
     if row["latency_ms"] is not None:
-        row["meets_target"] = row["latency_ms"] <= target_ms
+        # A limit may have been missed.
+        row["meets_target"] = row["latency_ms"] <= target_ms and record.state != "infeasible"
     return row
 
 

@@ -89,6 +89,8 @@ class Search:
         source = setup["reference"] if setup["target_source"] == "reference" else None
         name = f", that of the {source['name']} ({format_latency(source)})" if source else ""
         self.progress.say(f"target: {setup['target_ms']:.4g} ms per request{name}")
+        for target in self.searcher.targets[1:]:
+            self.progress.say(f"{target.field}: {target.ms:.4g} ms under {target.workload}")
         self._publish("running")
 
     def _evaluate_candidates(self) -> None:

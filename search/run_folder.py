@@ -25,13 +25,13 @@ from search.config import SearchConfig, plain
 from search.results import Row, frontier_summary, is_scored, mark, model_yaml, table_summary
 from search.space import SearchSpace
 from search.standings import Standings
-from search.study import Study
+from search.study import Study, flatten
 from slm.training.files import write_atomically
 
 PACKAGES = ("torch", "optuna", "moocore", "slm-frontier")
 # What `frontier.json` repeats of `search.json`, so that it can be read alone.
 COMMON = (
-    *("name", "seed", "target_ms", "target_source", "reference", "workload"),
+    *("name", "seed", "target_ms", "target_source", "reference", "limits", "workload"),
     *("device", "device_key", "machine", "versions"),
 )
 
@@ -83,7 +83,7 @@ class RunFolder:
         if any(map(is_scored, rows)):
             self._write_frontier(self.summary() | {key: description[key] for key in COMMON})
         if status != "running":
-            write_parquet(self.folder / "history.parquet", rows)
+            write_parquet(self.folder / "history.parquet", list(map(_with_limits_spread, rows)))
         self.study.update("status", status)
 
     def write_report(self) -> None:
@@ -122,6 +122,9 @@ class RunFolder:
             "num_candidates": self.config.num_candidates,
             "quality": self.config.evolution.quality,
             **{key: setup[key] for key in ("target_ms", "target_source", "reference")},
+            "limits": {
+                name: limit | setup["limits"][name] for name, limit in config["limits"].items()
+            },
             "table": {"path": setup["table"], "error": table_summary(rows)},
             **{key: config[key] for key in ("workload", "space", "evolution", "proxy")},
             "device": self.device.describe(),
@@ -159,3 +162,9 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pd.DataFrame(flat).to_parquet(temporary, index=False)
     os.replace(temporary, path)
+
+
+def _with_limits_spread(row: Row) -> Row:
+    """A row with a field for each figure measured under a limit, 'limits.long.latency_ms'."""
+    limits = flatten({"limits": row["limits"]})
+    return {key: value for key, value in row.items() if key != "limits"} | limits

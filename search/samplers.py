@@ -91,6 +91,9 @@ def told_study(
             state = TrialState.PRUNED
         latency_ms = candidate.latency_ms
         over_ms = math.inf if latency_ms is None else latency_ms - target_ms
+        if state is TrialState.PRUNED and over_ms <= 0:
+            # It misses a limit under another workload, the history does not say by how much.
+            over_ms = math.inf
         study.add_trial(
             optuna.create_trial(
                 state=state,

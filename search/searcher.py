@@ -7,12 +7,12 @@ have to agree on is in the study.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latency.device import Device
 from search.config import SearchConfig
@@ -23,6 +23,7 @@ from search.history import Promotion
 from search.progress import WAITING
 from search.space import SearchSpace
 from search.study import Claim, StaleTrialError, Study
+from search.target import Target
 from search.worker import JobError, Worker
 from slm.architecture import Architecture
 from slm.config import ConfigError
@@ -30,6 +31,8 @@ from slm.kernels.backend import set_backend
 
 if TYPE_CHECKING:
     from latency.table import LatencyTable
+    from latency.workload import Workload
+    from search.genotype import Genotype
     from slm.data import PackedCorpus
 
 # What `Evaluator.measure` gives.
@@ -38,7 +41,7 @@ MEASURED = (
     *("ttft_ms", "tpot_ms", "tokens_per_s"),
 )
 # What higher rungs take over from the first.
-KEPT = frozenset(("architecture", "memory_bytes", "predicted_ms", *MEASURED))
+KEPT = frozenset(("architecture", "memory_bytes", "predicted_ms", *MEASURED, "limits"))
 # While others work on the last candidates: between two looks at whether they lost one.
 IDLE_SECONDS = 1.0
 
@@ -87,15 +90,17 @@ class Searcher:
         return prepare(self.config.data, self.config.tokenizer, progress=self.say)
 
     @cached_property
-    def tables(self) -> dict[int, LatencyTable]:
-        """The space's latency table by number of meta tokens, measured the first time."""
+    def tables(self) -> dict[tuple[Workload, int], LatencyTable]:
+        """The space's latency tables by workload and meta tokens, measured the first time."""
         from latency.table import LatencyTable
 
+        limits = self.config.limits.values()
+        workloads = [self.config.workload, *(limit.workload for limit in limits)]
         return {
-            meta_tokens: LatencyTable.load_or_build(
+            (workload, meta_tokens): LatencyTable.load_or_build(
                 self.space.operators(),
                 self.corpus.vocab_size,
-                self.config.workload,
+                workload,
                 self.device,
                 meta_tokens=meta_tokens,
                 normalize_logits=self.config.space.normalize_logits,
@@ -103,13 +108,14 @@ class Searcher:
                 protocol=self.config.protocol,
                 progress=self.say,
             )
+            for workload in dict.fromkeys(workloads)
             for meta_tokens in self.config.space.meta_tokens
         }
 
     @property
     def table(self) -> LatencyTable:
         """The table whose machine speed all times of the search are brought to."""
-        return self.tables[self.config.space.meta_tokens[0]]
+        return self.tables[self.config.workload, self.config.space.meta_tokens[0]]
 
     @cached_property
     def worker(self) -> Worker:
@@ -120,7 +126,6 @@ class Searcher:
                 candidates_folder=self.candidates_folder,
                 cache_dir=self.config.data.cache_dir.resolve(),
                 corpus_folder=self.corpus.folder.resolve(),
-                workload=self.config.workload,
                 protocol=self.config.protocol,
                 proxy=self.config.proxy,
                 seed=self.config.seed,
@@ -128,8 +133,9 @@ class Searcher:
                 accuracy_items=self.config.accuracy_items,
                 latency_threads=self.config.latency_threads,
                 training_threads=self.config.threads_to_train,
+                devices_per_candidate=self.config.devices_per_candidate,
             ),
-            visible_devices(self.index),
+            visible_devices(self.index, self.config.devices_per_candidate),
         )
         self.resources.callback(worker.close)
         return worker
@@ -147,9 +153,20 @@ class Searcher:
 
     @property
     def target_ms(self) -> float:
-        """The latency that candidates must meet."""
+        """The latency under the search's workload that candidates must meet."""
         target_ms: float = self.setup["target_ms"]
         return target_ms
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """Every latency that candidates must meet, the search's own first."""
+        setup, config = self.setup, self.config
+        own = Target(None, config.workload, setup["target_ms"], setup["reference"])
+        targets = [own]
+        for name, limit in config.limits.items():
+            known = setup["limits"][name]
+            targets.append(Target(name, limit.workload, known["target_ms"], known["reference"]))
+        return targets
 
     def prepare(self) -> None:
         """Settle the facts that all candidates share."""
@@ -162,18 +179,22 @@ class Searcher:
         reference = self.space.reference(self.corpus.vocab_size)
         # Built before anything is timed against it.
         table_path = self.table.path(self.config.data.cache_dir)
-        measurement = self.run_job("measure", str(reference), self.table.reference_ms)
-        given_ms = self.config.target_ms
+        config = self.config
+        measurement = self._measure_reference(config.workload)
+        limits = {}
+        for name, limit in config.limits.items():
+            measured = self._measure_reference(limit.workload)
+            limits[name] = {**_target(limit.target_ms, measured), "reference": measured}
         return {
-            "target_ms": measurement["latency_ms"] if given_ms is None else given_ms,
-            "target_source": "reference" if given_ms is None else "given",
+            **_target(config.target_ms, measurement),
             "reference": {
-                "name": self.config.space.reference.seed,
+                "name": config.space.reference.seed,
                 "architecture": str(reference),
                 "digest": reference.digest,
                 "parameters": reference.parameters(),
                 **measurement,
             },
+            "limits": limits,
             "table": str(table_path),
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "vocab_size": self.corpus.vocab_size,
@@ -245,16 +266,16 @@ class Searcher:
                 return claim
 
     def _check_feasibility(self) -> None:
-        """Give up if for long nothing has met the target."""
+        """Give up if for long nothing has met the targets."""
         recent = self.study.records[-self.config.max_infeasible :]
         if len(recent) == self.config.max_infeasible and all(
             record.state == "infeasible" for record in recent
         ):
             raise ConfigError(
                 [
-                    f"target_ms: {self.target_ms:.4g} is out of reach, or the space's constraints "
-                    f"are: the last {len(recent)} proposals met neither at any width; the last "
-                    f"one: {recent[-1].error}"
+                    f"target_ms: {self.target_ms:.4g} is out of reach, or the limits or the "
+                    f"space's constraints are: the last {len(recent)} proposals did not meet all "
+                    f"at any width; the last one: {recent[-1].error}"
                 ]
             )
 
@@ -276,68 +297,104 @@ class Searcher:
             claim.fail(str(error), result)
             return
         values = [float(result[name]) for name in self.config.evolution.objectives]
-        claim.complete(values, result, result["latency_ms"] - self.target_ms)
+        excess_ms = [
+            _latencies(result, target)["latency_ms"] - target.ms for target in self.targets
+        ]
+        claim.complete(values, result, excess_ms)
         if start is not None:
             (self.candidates_folder / start).unlink(missing_ok=True)
 
     def _fit(self, claim: Claim) -> tuple[Architecture | None, dict[str, Any]]:
-        """The widest realization that meets the target, and what is known of it; None if none does.
+        """The widest realization that meets every target, and what is known of it; None if none.
 
-        The table screens, the measurement of the whole model decides.
+        The tables screen, the measurements of the whole model decide.
         """
-        genotype, target_ms = claim.proposal.genotype, self.target_ms
-        fitting = self.space.fitting(
-            genotype,
-            self.corpus.vocab_size,
-            self._screen_ms,
-            target_ms * (1 + self.config.screen_margin),
-        )
+        genotype = claim.proposal.genotype
         result: dict[str, Any] = {}
-        for architecture in fitting:
+        problem = None
+        for architecture in self.space.fitting(genotype, self.corpus.vocab_size, self._may_fit):
             self.live(f"#{claim.proposal.number} measuring at width {architecture.width}")
             result = {
                 "architecture": str(architecture),
                 "memory_bytes": self._memory_bytes(architecture),
-                "predicted_ms": self._predict_ms(architecture),
-                **self._measure(claim, architecture),
             }
-            if result["latency_ms"] <= target_ms:
+            problem = self._measure_targets(claim, architecture, result)
+            if problem is None:
                 return architecture, result
-        if fitting:
-            result["misses"] = "latency"
-            claim.reject(f"measured {result['latency_ms']:.4g} ms at its narrowest", result)
+        if problem is None:
+            result["misses"], problem = self._screened_out(genotype)
         else:
-            width = self.space.available_widths(genotype)[-1]
-            narrowest = self.space.realize(genotype, width, self.corpus.vocab_size)
-            problems = self.space.size_problems(narrowest)
-            result["misses"] = "size" if problems else "latency"
-            claim.reject(
-                "; ".join(problems)
-                or f"predicted {self._predict_ms(narrowest):.4g} ms at its narrowest",
-                result,
-            )
+            result["misses"] = "latency"
+        claim.reject(problem, result)
         return None, result
 
-    def _predict_ms(self, architecture: Architecture) -> float:
-        table = self.tables[architecture.meta_tokens]
+    def _may_fit(self, architecture: Architecture) -> bool:
+        """Whether it may meet every target, as the tables predict: worth measuring."""
+        margin = 1 + self.config.screen_margin
+        return all(self._screen_ms(architecture, t) <= t.ms * margin for t in self.targets)
+
+    def _screened_out(self, genotype: Genotype) -> tuple[Literal["size", "latency"], str]:
+        """Why no width of a genotype was worth measuring: what its narrowest misses, and how."""
+        width = self.space.available_widths(genotype)[-1]
+        narrowest = self.space.realize(genotype, width, self.corpus.vocab_size)
+        if problems := self.space.size_problems(narrowest):
+            return "size", "; ".join(problems)
+        predicted = [(target, self._screen_ms(narrowest, target)) for target in self.targets]
+        return "latency", "; ".join(
+            target.problem("predicted", ms, narrowest) for target, ms in predicted if ms > target.ms
+        )
+
+    def _measure_targets(
+        self, claim: Claim, architecture: Architecture, result: dict[str, Any]
+    ) -> str | None:
+        """Measure under one workload after the other, until a target is missed: why, if one is.
+
+        What was predicted and measured is put into `result`.
+        """
+        for target in self.targets:
+            known = _latencies(result, target)
+            known["predicted_ms"] = self._predict_ms(architecture, target.workload)
+            known |= self._measure(claim, architecture, target)
+            if known["latency_ms"] > target.ms:
+                return target.problem("measured", known["latency_ms"], architecture)
+        return None
+
+    def _predict_ms(self, architecture: Architecture, workload: Workload) -> float:
+        table = self.tables[workload, architecture.meta_tokens]
         assert self.table.reference_ms is not None
         assert table.reference_ms is not None
         speed = self.table.reference_ms / table.reference_ms
         return table.predict(architecture).request_ms * speed
 
-    def _screen_ms(self, architecture: Architecture) -> float:
+    def _screen_ms(self, architecture: Architecture, target: Target) -> float:
         """What decides whether to measure; the reference has been measured already."""
-        reference = self.setup["reference"]
-        is_reference = architecture.digest == reference["digest"]
-        return reference["latency_ms"] if is_reference else self._predict_ms(architecture)
+        if self._is_reference(architecture):
+            latency_ms: float = target.reference["latency_ms"]
+            return latency_ms
+        return self._predict_ms(architecture, target.workload)
 
-    def _measure(self, claim: Claim, architecture: Architecture) -> dict[str, Any]:
-        """Latency; the reference has been measured already."""
-        reference = self.setup["reference"]
-        if architecture.digest == reference["digest"]:
-            return {name: reference[name] for name in MEASURED}
+    def _is_reference(self, architecture: Architecture) -> bool:
+        is_reference: bool = architecture.digest == self.setup["reference"]["digest"]
+        return is_reference
+
+    def _measure(self, claim: Claim, architecture: Architecture, target: Target) -> dict[str, Any]:
+        """Latency under the target's workload; the reference has been measured already."""
+        if self._is_reference(architecture):
+            return {name: target.reference[name] for name in MEASURED}
         measured: dict[str, Any] = self.run_job(
-            "measure", str(architecture), self.table.reference_ms, on_wait=claim.beat
+            "measure",
+            str(architecture),
+            target.workload,
+            self.table.reference_ms,
+            on_wait=claim.beat,
+        )
+        return measured
+
+    def _measure_reference(self, workload: Workload) -> dict[str, Any]:
+        """Latency of the space's reference under a workload."""
+        reference = self.space.reference(self.corpus.vocab_size)
+        measured: dict[str, Any] = self.run_job(
+            "measure", str(reference), workload, self.table.reference_ms
         )
         return measured
 
@@ -373,3 +430,18 @@ class Searcher:
             on_wait=claim.beat,
         )
         return trained
+
+
+def _target(given_ms: float | None, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """A target as the setup has it: what was given, or else what the reference takes."""
+    if given_ms is None:
+        return {"target_ms": reference["latency_ms"], "target_source": "reference"}
+    return {"target_ms": given_ms, "target_source": "given"}
+
+
+def _latencies(result: dict[str, Any], target: Target) -> dict[str, Any]:
+    """The part of a result that holds what was predicted and measured under a target's workload."""
+    if target.limit is None:
+        return result
+    latencies: dict[str, Any] = result.setdefault("limits", {}).setdefault(target.limit, {})
+    return latencies

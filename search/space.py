@@ -318,12 +318,11 @@ class SearchSpace:
         self,
         genotype: Genotype,
         vocab_size: int,
-        predict_ms: Callable[[Architecture], float],
-        target_ms: float,
+        is_fast_enough: Callable[[Architecture], bool],
     ) -> list[Architecture]:
-        """Realizations that keep the limits of size and `target_ms`, as predicted, widest first.
+        """Realizations that keep the limits of size and are predicted fast enough, widest first.
 
-        The widest that meets the target is the candidate: losses are compared at equal latency.
+        The widest that meets the targets is the candidate: losses are compared at equal latency.
         """
         architectures = (
             self.realize(genotype, width, vocab_size) for width in self.available_widths(genotype)
@@ -331,7 +330,7 @@ class SearchSpace:
         return [
             architecture
             for architecture in architectures
-            if not self.size_problems(architecture) and predict_ms(architecture) <= target_ms
+            if not self.size_problems(architecture) and is_fast_enough(architecture)
         ]
 
     def operators(self) -> list[tuple[OperatorConfig, int]]:

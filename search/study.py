@@ -11,7 +11,7 @@ are here:
   trial. A late writer is refused, because a finished trial cannot change.
 
 Any tool that reads Optuna studies reads it: objectives, which are minimised, parameters that say
-what the architecture is made of, and the latency target as a constraint.
+what the architecture is made of, and the latency targets as constraints.
 """
 
 from __future__ import annotations
@@ -335,11 +335,17 @@ class Claim:
             self._note(CLAIM, {**self._claim, "heartbeat": time.time()})
 
     def complete(
-        self, values: Sequence[float], result: Mapping[str, Any], excess_ms: float
+        self,
+        values: Sequence[float],
+        result: Mapping[str, Any],
+        excess_ms: Sequence[float],
     ) -> None:
-        """Record the objectives, what else is known, and the latency beyond the target."""
+        """Record the objectives, what else is known, and the latency beyond each target.
+
+        excess_ms: beyond the search's own target first, then beyond each limit.
+        """
         self._note("result", json.dumps(result))
-        self._write(self._storage.set_trial_system_attr, CONSTRAINTS, [excess_ms])
+        self._write(self._storage.set_trial_system_attr, CONSTRAINTS, list(excess_ms))
         self._finish(TrialState.COMPLETE, values)
 
     def fail(self, error: str, result: Mapping[str, Any]) -> None:
@@ -349,7 +355,7 @@ class Claim:
         self._finish(TrialState.FAIL)
 
     def reject(self, reason: str, result: Mapping[str, Any]) -> None:
-        """Record that no width of the candidate meets the target, and what else is known."""
+        """Record that no width of the candidate meets every target, and what else is known."""
         self._note("result", json.dumps(result))
         self._note("error", reason)
         self._finish(TrialState.PRUNED)

@@ -120,12 +120,24 @@ class Worker:
     def _cause_of_death(self) -> str:
         assert self._process is not None
         self._process.join()
-        code = self._process.exitcode or 0
-        if code >= 0:
-            return f"the worker process exited with code {code}"
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"the worker process was ended by {name}{hint}"
+        return f"the worker process {how_it_ended(self._process.exitcode or 0)}"
+
+
+def how_it_ended(exit_code: int) -> str:
+    """What the exit code of a process says, negative for a signal: 'exited with code 3'."""
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, JobError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _serve(target: object, connection: Connection, visible_devices: str | None) -> None:
@@ -150,14 +162,8 @@ def _serve(target: object, connection: Connection, visible_devices: str | None) 
             except ConnectionError:
                 raise
             except Exception as error:  # whatever a candidate does wrong is its own affair
-                connection.send(("error", _describe(error)))
+                connection.send(("error", describe(error)))
             else:
                 connection.send(("result", result))
     except (EOFError, ConnectionError):
         return
-
-
-def _describe(error: Exception) -> str:
-    """The error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

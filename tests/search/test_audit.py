@@ -49,7 +49,7 @@ def study(tmp_path) -> Study:
 
 def score(claim, loss: float) -> None:
     result = {"loss": loss, "latency_ms": 2.0, "architecture": "", "checkpoint": ""}
-    claim.complete((loss, 2.0), result, excess_ms=-1.0)
+    claim.complete((loss, 2.0), result, excess_ms=[-1.0])
 
 
 def test_the_first_that_were_drawn_at_random_and_trained_are_audited(study):

@@ -73,6 +73,7 @@ def run_folder(tmp_path: Path) -> Path:
         "target_ms": 10.0,
         "target_source": "reference",
         "reference": {"name": "transformer", "digest": scored[3]["digest"], "latency_ms": 8.0},
+        "limits": {},
         "workload": {"batch_size": 1, "prompt_tokens": 64, "new_tokens": 64, "dtype": "float32"},
         "device": {"name": "A & B processor"},
         "device_key": "a-b",

@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
+from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -24,13 +28,13 @@ from search import config as search_config
 from search.config import read_config
 from search.evaluate import Evaluator
 from search.proxy import load_weights
-from search.results import WORST_LATENCY_TARGETS
+from search.results import WORST_LATENCY_TARGETS, candidate_row
 from search.run import Search
-from search.searcher import Searcher
+from search.searcher import MEASURED, Searcher
 from search.storage import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
-from slm.config import compose, read
+from slm.config import ConfigError, compose, read
 from slm.data import PackedCorpus
 from slm.data.continuation import build_continuations
 from slm.evaluation import continuation_accuracy
@@ -318,6 +322,114 @@ def wandb_history(path: Path) -> list[dict]:
     return history
 
 
+LIMIT = ("+limits.long.workload.prompt_tokens=12", "+limits.long.workload.new_tokens=4")
+
+
+def test_a_limit_is_measured_recorded_and_shown(experiment, tmp_path):
+    overrides = ("num_candidates=2", "accuracy_items=0", "+limits.long.target_ms=1e5")
+    Search(compose_tiny(experiment, *LIMIT, *overrides), tmp_path).run()
+    rows = read_json(tmp_path / "candidates.json")
+    assert [row["state"] for row in rows] == ["scored"] * 2
+    for row in rows:
+        limit = row["limits"]["long"]
+        assert 0 < limit["latency_low_ms"] <= limit["latency_ms"] <= limit["latency_high_ms"]
+        assert limit["predicted_ms"] > 0
+        assert limit["latency_ms"] != row["latency_ms"]
+    described = read_json(tmp_path / "search.json")["limits"]["long"]
+    assert described["workload"]["prompt_tokens"] == 12
+    assert (described["target_ms"], described["target_source"]) == (1e5, "given")
+    table = pd.read_parquet(tmp_path / "history.parquet")
+    measured = [row["limits"]["long"]["latency_ms"] for row in rows]
+    assert table["limits.long.latency_ms"].tolist() == measured
+    assert "long, ms [95 %]" in (tmp_path / "report.html").read_text()
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    for trial, row, ms in zip(study.trials, rows, measured, strict=True):
+        assert list(trial.constraints.values()) == pytest.approx(
+            [row["latency_ms"] - 1e6, ms - 1e5]
+        )
+
+
+def test_other_limits_are_another_search(experiment, tmp_path):
+    Search(compose_tiny(experiment, *LIMIT), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        Search(compose_tiny(experiment, *LIMIT, "+limits.long.target_ms=3"), tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.startswith("limits.long.target_ms: the search 'search' was made with None, now")
+    with pytest.raises(ConfigError, match=r"limits\.long\.workload\.prompt_tokens: .*None"):
+        Search(compose_tiny(experiment), tmp_path)
+
+
+def invented_ms(architecture: Architecture, prompt_tokens: int) -> float:
+    """Attention makes long prompts slow."""
+    num_attention = sum(operator.name == "attention" for operator in architecture.operators)
+    return architecture.width * (1 + num_attention * (prompt_tokens > 4))
+
+
+class InventingEvaluator(Evaluator):
+    """Invents latencies, and losses too."""
+
+    def measure(self, text, workload, table_reference_ms, report):
+        ms = invented_ms(Architecture.parse(text), workload.prompt_tokens)
+        return {**dict.fromkeys(MEASURED, 0.0), "latency_ms": ms}
+
+    def train(self, text, tokens, start, parent, checkpoint, report):
+        (self.candidates_folder / checkpoint).touch()
+        return {"loss": 1.0, "train_loss": 1.0, "tokens": tokens, "loss_curve": []}
+
+
+class InventingSearcher(Searcher):
+    """A searcher whose tables are off by a hundredth."""
+
+    @cached_property
+    def tables(self):
+        # Of each only the reference's time and the path are asked for.
+        return defaultdict(lambda: SimpleNamespace(reference_ms=1.0, path=str))
+
+    def _predict_ms(self, architecture, workload):
+        return 0.99 * invented_ms(architecture, workload.prompt_tokens)
+
+
+def test_the_width_is_the_largest_that_meets_every_target(experiment, tmp_path):
+    targets = {4: 40.0, 12: 70.0}
+    overrides = ("target_ms=40", "+limits.long.target_ms=70", "num_candidates=12")
+    searcher = InventingSearcher(compose_tiny(experiment, *LIMIT, *overrides), tmp_path)
+    evaluator = InventingEvaluator(**vars(searcher.worker._target))
+    searcher.__dict__["worker"] = worker = Worker(evaluator)
+    searcher.resources.callback(worker.close)
+    done = []
+    with searcher.resources:
+        searcher.prepare()
+        searcher.run(done.append)
+
+    rows = [candidate_row(r, searcher.space, 40.0, 8) for r in searcher.study.records]
+    widths = searcher.config.space.widths
+    for row in rows:
+        genotype = searcher.study.records[row["number"]].proposal.genotype
+        architectures = [searcher.space.realize(genotype, w, 300) for w in widths]
+        fitting = [
+            each.width
+            for each in architectures
+            if all(invented_ms(each, tokens) <= most for tokens, most in targets.items())
+        ]
+        if fitting:
+            assert (row["state"], row["width"]) == ("scored", max(fitting))
+            assert row["limits"]["long"]["latency_ms"] <= 70
+        else:
+            assert (row["state"], row["checkpoint"]) == ("infeasible", None)
+            assert (row["meets_target"], row["misses"]) == (False, "latency")
+            assert re.fullmatch(
+                r"limits\.long\.target_ms: must be <= 70 under b1-p12-n4-float32, "
+                r"(measured|predicted) [\d.]+ at width 16",
+                row["error"],
+            )
+    states = [row["state"] for row in rows]
+    assert done == list(range(len(rows)))
+    assert states.count("scored") == 12
+    assert states.count("infeasible") > 0
+    # The first target alone would have taken other widths.
+    assert {row["width"] for row in rows if row["state"] == "scored"} == {16, 32}
+
+
 def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     experiment, tmp_path
 ):
@@ -456,6 +568,16 @@ def test_an_accuracy_can_be_the_objective(experiment, tmp_path):
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert study.metric_names == ["continuation_error", "latency_ms"]
     assert [trial.values[0] for trial in study.trials] == [row["score"] for row in rows]
+
+
+def test_devices_that_a_candidate_cannot_have_are_refused(experiment, monkeypatch):
+    with pytest.raises(ConfigError, match=r"must divide proxy\.batch_size 4, got 3"):
+        compose_tiny(experiment, "devices_per_candidate=3")
+    monkeypatch.setattr(search_config, "device_names", lambda: ["0", "1", "2"])
+    overrides = ("storage=journal", "workers=2")
+    with pytest.raises(ConfigError, match="2 workers with 2 GPUs each need 4, 3 are visible"):
+        compose_tiny(experiment, *overrides, "devices_per_candidate=2")
+    compose_tiny(experiment, *overrides)
 
 
 def test_sqlite_is_for_one_worker(experiment, tmp_path):

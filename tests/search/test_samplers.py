@@ -161,12 +161,14 @@ def test_a_candidate_is_told_with_its_last_loss_or_as_what_became_of_it():
             Candidate(3, genotypes[3], "running"),
             Candidate(4, genotypes[4], "scored", (2.5,), 7.0),
             Candidate(5, genotypes[5], "infeasible", (), 8.0),
+            # Fast enough, but not under the workload of a limit.
+            Candidate(6, genotypes[6], "infeasible", (), 5.0),
         ]
     )
     encoding = Encoding(SMALL.rules)
     trials = told_study(encoding, TPE, 0, TARGET_MS, history).trials
     assert [encoding.decode(trial.params) for trial in trials] == [
-        genotypes[number] for number in (0, 1, 3, 4, 5)
+        genotypes[number] for number in (0, 1, 3, 4, 5, 6)
     ]
     assert [(trial.state, trial.values) for trial in trials] == [
         (TrialState.COMPLETE, [2.0, 5.0]),
@@ -174,9 +176,10 @@ def test_a_candidate_is_told_with_its_last_loss_or_as_what_became_of_it():
         (TrialState.RUNNING, None),
         (TrialState.COMPLETE, [2.5, 7.0]),
         (TrialState.PRUNED, None),
+        (TrialState.PRUNED, None),
     ]
     over_ms = [trial.constraints["latency_ms"] for trial in trials]
-    assert over_ms == [-1.0, math.inf, math.inf, 1.0, 2.0]
+    assert over_ms == [-1.0, math.inf, math.inf, 1.0, 2.0, math.inf]
 
 
 def test_generations_are_those_of_a_study_that_optuna_ran():

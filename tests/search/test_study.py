@@ -59,7 +59,7 @@ def claim_next(study: Study):
 
 def score(claim, loss, latency_ms=2.0):
     result = {"loss": loss, "latency_ms": latency_ms, "memory_bytes": 100, "tokens": 10}
-    claim.complete((loss, latency_ms), result, excess_ms=latency_ms - 10.0)
+    claim.complete((loss, latency_ms), result, excess_ms=[latency_ms - 10.0])
 
 
 def records(study: Study):
@@ -307,7 +307,7 @@ def test_the_objective_of_quality_decides_who_is_promoted(tmp_path):
         for loss, cloze_error in ((3.0, 0.6), (2.0, 0.7)):
             result = {"loss": loss, "cloze_error": cloze_error, "latency_ms": 2.0}
             values = [result[name] for name in objectives]
-            claim_next(study).complete(values, result, excess_ms=-8.0)
+            claim_next(study).complete(values, result, excess_ms=[-8.0])
         study.refresh()
         promoted[quality] = promote(study.history, 2, 0.5, objectives).number
     assert promoted == {"loss": 1, "cloze_error": 0}
