@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,9 @@ from search.run import Search
 from search.searcher import Searcher
 from search.worker import Worker
 from slm.architecture import Architecture
-from slm.config import compose
+from slm.config import EXIT_BAD_CONFIG, ConfigError, compose
 
+STORAGES = ("sqlite", "journal", "postgresql")
 VOCAB_SIZE = 4096
 TARGET_MS = 12.0
 RUNG_TOKENS = (125_000, 500_000, 2_000_000)
@@ -113,18 +115,23 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="of the run")
     parser.add_argument("--candidates", type=int, default=100)
-    parser.add_argument("--storage", default="journal", choices=("sqlite", "journal"))
+    parser.add_argument("--storage", default="journal", choices=STORAGES)
     parser.add_argument("--seconds", type=float, default=0.0, help="that each training takes")
     parser.add_argument("overrides", nargs="*", help="of configs/search.yaml")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cheap_search(
-        arguments.folder,
-        arguments.candidates,
-        arguments.storage,
-        *arguments.overrides,
-        seconds=arguments.seconds,
-    ).run()
+    try:
+        cheap_search(
+            arguments.folder,
+            arguments.candidates,
+            arguments.storage,
+            *arguments.overrides,
+            seconds=arguments.seconds,
+        ).run()
+    except ConfigError as error:
+        # As the real command ends.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_CONFIG)
 
 
 if __name__ == "__main__":

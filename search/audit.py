@@ -142,8 +142,10 @@ def _train(searcher: Searcher, training: AuditTraining, name: str) -> dict[str, 
         budgets = budgets[-1:]
 
     def on_report(progress: Mapping[str, Any]) -> None:
-        if "share" in progress:
-            searcher.live(f"{name} training {progress['share']:4.0%}  loss {progress['loss']:.4f}")
+        if "warning" in progress:
+            searcher.say(f"{name} {progress['warning']}")
+            return
+        searcher.live(f"{name} training {progress['share']:4.0%}  loss {progress['loss']:.4f}")
 
     try:
         fact: dict[str, Any] = searcher.run_job(

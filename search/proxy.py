@@ -231,7 +231,10 @@ class ProxyTraining:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Go on from where `save` was called. Raises ValueError naming a file that is not whole."""
+        """Go on from where `save` was called.
+
+        Raises ValueError naming a file that is not there or not whole.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -250,7 +253,7 @@ class ProxyTraining:
             self.scheduler.load_state_dict(schedule)
             for group, lr in zip(self.optimizer.param_groups, schedule["_last_lr"], strict=True):
                 group["lr"] = lr
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: no training to go on with ({error})") from None
         self.step = int(metadata["step"])
         self.seconds = float(metadata["seconds"])

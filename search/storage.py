@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import optuna
 
@@ -18,9 +19,10 @@ class StorageConfig:
     """Where the study lives.
 
     kind: sqlite and journal are files of the run's folder, for processes on one machine: journal
-        is the faster for many. postgresql serves many machines, and needs its url.
-    lease_seconds: an owner that has been silent for so long has lost its candidate. The clocks of
-        machines that share a study must agree to well within it.
+        is the faster for many. postgresql serves many machines.
+    url: of postgresql, postgresql+psycopg://user@host/database. What it leaves out, the password
+        always, comes from PGHOST, PGUSER, PGDATABASE, PGPASSWORD or ~/.pgpass.
+    lease_seconds: an owner that has been silent for so long has lost its candidate.
     """
 
     kind: Literal["sqlite", "journal", "postgresql"]
@@ -32,6 +34,10 @@ class StorageConfig:
         if (self.url is not None) != (self.kind == "postgresql"):
             needs = "needs" if self.url is None else "takes no"
             problems.append(f"url: {self.kind} storage {needs} url, got {self.url!r}")
+        elif self.url is not None:
+            from search.postgresql import url_problems
+
+            problems += url_problems(self.url)
         if self.lease_seconds < MIN_LEASE_SECONDS:
             problems.append(
                 f"lease_seconds: must be >= {MIN_LEASE_SECONDS:g}, got {self.lease_seconds:g}"
@@ -40,7 +46,7 @@ class StorageConfig:
             raise ConfigError(problems)
 
     def open(self, run_folder: Path) -> optuna.storages.BaseStorage:
-        """Connect."""
+        """Connect. Raises ConfigError if there is no server, or no driver for it."""
         if self.kind == "journal":
             from optuna.storages.journal import JournalFileBackend
 
@@ -52,7 +58,37 @@ class StorageConfig:
                 engine_kwargs={"connect_args": {"timeout": 60, "factory": _Connection}},
             )
         assert self.url is not None
-        return optuna.storages.RDBStorage(self.url)
+        from search.postgresql import PostgreSQLStorage
+
+        return PostgreSQLStorage(self.url)
+
+
+def clock_of(storage: optuna.storages.BaseStorage) -> Clock:
+    """The server's, else this machine's."""
+    return storage if isinstance(storage, Clock) else MachineClock()
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """What leases go by."""
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+
+    def silence(self, heartbeat: float) -> float:
+        """Seconds since a heartbeat in which others could have been recorded."""
+
+
+class MachineClock:
+    """Of this machine."""
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def silence(self, heartbeat: float) -> float:
+        """Seconds since a heartbeat."""
+        return time.time() - heartbeat
 
 
 class _Connection(sqlite3.Connection):

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from search.history import Candidate, History, Objective, Promotion, Proposal, S
 from search.owner import Owner
 from search.rungs import MAX_RUNGS
 from search.space import SearchSpace
-from search.storage import StorageConfig
+from search.storage import Clock, StorageConfig, clock_of
 from slm.config import ConfigError
 
 # A candidate whose owners died so often on one rung is taken to kill them.
@@ -104,13 +104,21 @@ class Study:
     """A study of one search; several processes may share it.
 
     records: every candidate by number, history: the same as evolution sees it; both as they were
-    at the last `refresh`. changes: numbers of the records that were put, in that order.
+    at the last `refresh`. changes: numbers of the records that were put, in that order. clock: what
+    leases go by, the same for all processes.
     """
 
-    def __init__(self, study: optuna.Study, lease_seconds: float, space: SearchSpace) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        lease_seconds: float,
+        space: SearchSpace,
+        clock: Clock,
+    ) -> None:
         self.name = study.study_name
         self.owner = Owner.current()
         self.lease_seconds = lease_seconds
+        self.clock = clock
         self.records: list[Record] = []
         self.changes: list[int] = []
         self.history = History()
@@ -142,8 +150,9 @@ class Study:
         what differs, if the study was made with another one.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = config.open(run_folder)
         study = optuna.create_study(
-            storage=config.open(run_folder),
+            storage=storage,
             study_name=name,
             directions=["minimize"] * len(objectives),
             load_if_exists=True,
@@ -155,7 +164,7 @@ class Study:
                 # Experimental, and for people only.
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(objectives))
-        result = cls(study, config.lease_seconds, space)
+        result = cls(study, config.lease_seconds, space, clock_of(storage))
         stored = flatten(result.settle("identity", identity))
         wanted = flatten(identity)
         problems = [
@@ -250,7 +259,7 @@ class Study:
         count = 0
         for trial in list(self._open.values()):
             owner = Owner(**_claim(trial)["owner"])
-            silent_seconds = time.time() - _claim(trial)["heartbeat"]
+            silent_seconds = self.clock.silence(_claim(trial)["heartbeat"])
             if silent_seconds > self.lease_seconds or owner.is_dead():
                 try:
                     # In one step: a trial that is failed without a word was lost.
@@ -271,7 +280,7 @@ class Study:
     def _claim(self, proposal: Proposal, rung: int) -> Claim | None:
         """Create a trial and claim it, unless there is an earlier one that was not lost."""
         parameters = self._parameters(proposal.genotype, rung)
-        claim = {"rung": rung, "owner": asdict(self.owner), "heartbeat": time.time()}
+        claim = {"rung": rung, "owner": asdict(self.owner), "heartbeat": self.clock.now()}
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             user_attrs={PROPOSAL: _to_json(proposal), CLAIM: claim},
@@ -290,7 +299,9 @@ class Study:
         result = Claim(self, trial_id, proposal, claim)
         standing = _standing(self._trials[proposal.number].values(), rung)
         if standing is None or standing._trial_id != trial_id:
-            result.drop()
+            with suppress(StaleTrialError):
+                # Unless we have been taken for dead, and it was failed already.
+                result.drop()
             self.refresh()
             return None
         return result
@@ -318,6 +329,7 @@ class Claim:
         self.rung: int = claim["rung"]
         self._claim = claim
         self._storage = study._storage
+        self._clock = study.clock
         self._trial_id = trial_id
         self._is_open = True
         self._renewal_seconds = RENEWAL_SHARE * study.lease_seconds
@@ -332,7 +344,7 @@ class Claim:
         """Renew the lease if it is time. Raises StaleTrialError if the trial is no longer ours."""
         if time.monotonic() - self._last_beat > self._renewal_seconds:
             self._last_beat = time.monotonic()
-            self._note(CLAIM, {**self._claim, "heartbeat": time.time()})
+            self._note(CLAIM, {**self._claim, "heartbeat": self._clock.now()})
 
     def complete(
         self,
@@ -380,7 +392,8 @@ class Claim:
         traceback: TracebackType | None,
     ) -> None:
         if self._is_open and kind is not StaleTrialError:
-            self.release(f"interrupted by {kind.__name__}" if kind else "left without a result")
+            with suppress(StaleTrialError):
+                self.release(f"interrupted by {kind.__name__}" if kind else "left without a result")
 
     def _note(self, key: str, value: Any) -> None:
         self._write(self._storage.set_trial_user_attr, key, value)

@@ -90,12 +90,14 @@ def test_training_lowers_the_loss(corpus):
     assert result.tokens == 960
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other", "weights only"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other", "weights only"])
 def test_a_damaged_checkpoint_is_refused_by_name(corpus, tmp_path, damage):
     path = tmp_path / "0-0-1.safetensors"
     training = train(corpus, tokens=128)
     training.save(path)
-    if damage == "truncated":
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "other":
         other = Architecture.parse("width=16 vocab_size=300 | ffn(ratio=2.0)")

@@ -23,7 +23,8 @@ from slm.config import ConfigError, read
 
 SPACE = SearchSpace(space_config())
 IDENTITY = {"seed": 0, "space": {"widths": [16, 32]}}
-STORAGES = ["sqlite", "journal"]
+# Of PostgreSQL, what the environment completes.
+URLS = {"sqlite": None, "journal": None, "postgresql": "postgresql+psycopg://"}
 EVOLUTION = EvolutionConfig(initial_candidates=4, population_size=4, sample_size=2)
 
 # Claims the next candidates and scores them; without a count it stops within the first.
@@ -47,8 +48,15 @@ for _ in range(int(sys.argv[3]) if len(sys.argv) > 3 else 0):
 """
 
 
+@pytest.fixture(params=URLS)
+def kind(request) -> str:
+    if request.param == "postgresql":
+        request.getfixturevalue("postgresql")
+    return request.param
+
+
 def open_study(kind: str, folder: Path, identity=IDENTITY, **storage) -> Study:
-    config = StorageConfig(kind=kind, **storage)
+    config = StorageConfig(kind=kind, url=URLS[kind], **storage)
     return Study.open(config, folder, "test", identity, SPACE, ("loss", "latency_ms"))
 
 
@@ -77,7 +85,6 @@ def start_claimer(folder: Path, kind: str, *count: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path):
     study = open_study(kind, tmp_path)
     first, second, third, fourth = (claim_next(study) for _ in range(4))
@@ -98,7 +105,8 @@ def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path)
         claim.proposal for claim in (first, second, third, fourth)
     ]
 
-    plain = optuna.load_study(study_name="test", storage=StorageConfig(kind=kind).open(tmp_path))
+    storage = StorageConfig(kind=kind, url=URLS[kind]).open(tmp_path)
+    plain = optuna.load_study(study_name="test", storage=storage)
     assert plain.metric_names == ["loss", "latency_ms"]
     assert [trial.values for trial in plain.best_trials] == [[1.25, 3.5]]
     assert [trial.state.name for trial in plain.trials] == ["COMPLETE", "FAIL", "PRUNED", "RUNNING"]
@@ -112,7 +120,6 @@ def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path)
     assert plain.trials[0].system_attrs["constraints"] == [-6.5]
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_what_was_claimed_is_known_without_reading_it_back(kind, tmp_path):
     study = open_study(kind, tmp_path)
     score(claim_next(study), 3.0)
@@ -143,7 +150,6 @@ def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
     assert set(others) == {first}
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_a_candidate_goes_on_from_rung_to_rung(kind, tmp_path):
     study, other = open_study(kind, tmp_path), open_study(kind, tmp_path)
     score(claim_next(study), 3.0)
@@ -164,7 +170,6 @@ def test_a_candidate_goes_on_from_rung_to_rung(kind, tmp_path):
     assert other.take_queued() is None
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_a_killed_owner_loses_its_trial_and_the_candidate_is_queued_again(kind, tmp_path):
     claimer = start_claimer(tmp_path, kind)
     assert claimer.stdout.readline() == "0\n"
@@ -186,7 +191,6 @@ def test_a_killed_owner_loses_its_trial_and_the_candidate_is_queued_again(kind, 
     assert (record.state, record.attempts) == ("scored", 2)
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_a_stopped_process_that_wakes_up_late_is_refused(kind, tmp_path):
     claimer = start_claimer(tmp_path, kind)
     assert claimer.stdout.readline() == "0\n"
@@ -259,7 +263,6 @@ def test_a_candidate_that_kills_its_owners_is_given_up(tmp_path):
     assert study.take_queued() is None
 
 
-@pytest.mark.parametrize("kind", STORAGES)
 def test_two_processes_share_a_study_without_duplicates(kind, tmp_path):
     open_study(kind, tmp_path)
     claimers = [start_claimer(tmp_path, kind, "6") for _ in range(2)]
@@ -280,6 +283,31 @@ def test_the_later_of_two_trials_of_one_number_is_dropped(tmp_path):
     (record,) = records(second)
     assert record.proposal == proposals[0]
     assert record.attempts == 1
+
+
+def test_what_is_to_be_dropped_may_have_been_taken_away(tmp_path, monkeypatch):
+    first, second = open_study("sqlite", tmp_path), open_study("sqlite", tmp_path)
+    rng = random.Random(0)
+    proposals = [Proposal(0, SPACE.sample(rng), "random") for _ in range(2)]
+    assert first.propose(proposals[0]) is not None
+
+    def freeze_past_the_lease():
+        monkeypatch.undo()
+        second._storage.set_trial_state_values(2, optuna.trial.TrialState.FAIL)
+        second.refresh()
+
+    monkeypatch.setattr(second, "refresh", freeze_past_the_lease)
+    assert second.propose(proposals[1]) is None
+    (record,) = records(second)
+    assert (record.state, record.proposal) == ("running", proposals[0])
+
+
+def test_an_interrupted_claim_that_was_taken_away_stays_interrupted(tmp_path):
+    study = open_study("sqlite", tmp_path)
+    claim = claim_next(study)
+    study._storage.set_trial_state_values(claim._trial_id, optuna.trial.TrialState.FAIL)
+    with pytest.raises(KeyboardInterrupt), claim:
+        raise KeyboardInterrupt
 
 
 def test_of_two_proposals_of_one_number_the_earlier_stands_though_its_owner_died(tmp_path):
