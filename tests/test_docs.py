@@ -19,8 +19,9 @@ from pages import page_blocks, page_commands
 from torch import Tensor
 
 from search.config import read_config
+from search.storage import StorageConfig
 from slm.architecture import Architecture
-from slm.config import compose
+from slm.config import compose, read
 from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
@@ -279,6 +280,15 @@ def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:
     assert int(batch[1]) > 1
     assert f"b{batch[1]}-p4-n4-float32" in shown
     assert "peaks:" in shown
+
+
+def test_commands_for_many_machines_name_one_database(root: Path) -> None:
+    commands = page_commands(root / "docs" / "postgresql.md")
+    assert len(commands) == 2
+    for command in commands:
+        composed = compose("search", shlex.split(command)[3:])[0]
+        storage = read(StorageConfig, composed.storage, "storage")
+        assert storage.url == "postgresql+psycopg://me@db.example.org/searches"
 
 
 def test_the_commands_do_what_the_page_says(
