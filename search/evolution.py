@@ -5,6 +5,8 @@
 - `pareto`: the same with non-dominated fronts of all objectives instead of the score, the sample
   judged by the highest rung that its members have reached.
 - `random`: no parents.
+- `ehvi`: who promises the frontier the most per token, of those that can be trained further and of
+  new ones, see `search.improvement`.
 - `nsga2`, `tpe`: Optuna's samplers, see `search.samplers`.
 
 Each candidate's random stream is derived from the seed and its number, so a search that was stopped
@@ -27,14 +29,12 @@ from search.history import (
     Proposal,
     Quality,
 )
+from search.improvement import next_by_improvement
+from search.offspring import propose_child, propose_random
 from search.rungs import promote, ranked
 from search.samplers import propose_sampled
 from search.space import SearchSpace
 from slm.config import ConfigError, schema
-
-PROPOSAL_ATTEMPTS = 500
-# A parent whose neighbours are all known: so many attempts for each further mutation step.
-ATTEMPTS_PER_STEP = 25
 
 
 @schema
@@ -50,12 +50,14 @@ class EvolutionConfig:
     children_per_cycle: so many are proposed from the same population; 1 takes every score into
         account as soon as it is there.
     promoted_share: of the candidates of a rung, how many go on to the next.
+
+    ehvi needs the first of these only.
     """
 
     initial_candidates: int
     population_size: int
     sample_size: int
-    algorithm: Literal["aging", "pareto", "random", "nsga2", "tpe"] = "aging"
+    algorithm: Literal["aging", "pareto", "ehvi", "random", "nsga2", "tpe"] = "aging"
     objectives: tuple[Objective, ...] = ("loss", "latency_ms")
     children_per_cycle: int = 1
     promoted_share: float = 0.25
@@ -105,19 +107,40 @@ def next_step(
     target_ms: float,
     history: History,
     *,
-    num_rungs: int,
+    rung_tokens: Sequence[int],
     num_candidates: int,
 ) -> Proposal | Promotion | None:
     """What to train after `history`: somebody further, else somebody new; None when all is done.
 
-    num_candidates: how many candidates the search tries.
+    rung_tokens: to train on until each rung is done. num_candidates: how many candidates the search
+    tries.
     """
-    promotion = promote(history, num_rungs, config.promoted_share, config.objectives)
+    is_over = history.num_tried >= num_candidates
+    if config.algorithm == "ehvi":
+        if not is_over and not _has_begun(space, config, history):
+            return propose(space, config, seed, target_ms, history)
+        return next_by_improvement(
+            space,
+            config.objectives,
+            seed,
+            target_ms,
+            history,
+            rung_tokens=rung_tokens,
+            tries_new=not is_over,
+        )
+    promotion = promote(history, len(rung_tokens), config.promoted_share, config.objectives)
     if promotion is not None:
         return promotion
-    if history.num_tried >= num_candidates:
-        return None
-    return propose(space, config, seed, target_ms, history)
+    return None if is_over else propose(space, config, seed, target_ms, history)
+
+
+def _has_begun(space: SearchSpace, config: EvolutionConfig, history: History) -> bool:
+    """Whether the seeds and the first random candidates are there, and something is known."""
+    return (
+        history.num_tried >= config.initial_candidates
+        and all(genotype in history for genotype in space.seeds.values())
+        and next(history.newest(), None) is not None
+    )
 
 
 def propose(
@@ -130,18 +153,18 @@ def propose(
         if genotype not in history:
             return Proposal(number, genotype, "seed", seed_name=name)
     if config.algorithm == "random" or history.num_tried < config.initial_candidates:
-        return _propose_random(space, number, rng, history)
+        return propose_random(space, number, rng, history)
     if config.algorithm in ("nsga2", "tpe"):
         sampled = propose_sampled(space, config, rng, target_ms, history)
         if sampled is None:
-            return _propose_random(space, number, rng, history)
+            return propose_random(space, number, rng, history)
         return Proposal(number, sampled, "sampler")
     population = living(history, config.population_size, cycle_start(number, config))
     if not population:
-        return _propose_random(space, number, rng, history)
+        return propose_random(space, number, rng, history)
     sample = rng.sample(population, min(config.sample_size, len(population)))
     parent = select_parent(sample, config, target_ms)
-    return _propose_child(space, number, rng, history, parent) or _propose_random(
+    return propose_child(space, number, rng, history, parent) or propose_random(
         space, number, rng, history
     )
 
@@ -174,30 +197,3 @@ def select_parent(
 def _latency_ms(candidate: Candidate) -> float:
     assert candidate.latency_ms is not None
     return candidate.latency_ms
-
-
-def _propose_random(
-    space: SearchSpace, number: int, rng: random.Random, known: History
-) -> Proposal | None:
-    for _ in range(PROPOSAL_ATTEMPTS):
-        if (genotype := space.sample(rng)) not in known:
-            return Proposal(number, genotype, "random")
-    return None
-
-
-def _propose_child(
-    space: SearchSpace, number: int, rng: random.Random, known: History, parent: Candidate
-) -> Proposal | None:
-    """A mutation of the parent that is new; a mutation of a mutation if need be."""
-    for attempt in range(PROPOSAL_ATTEMPTS):
-        genotype, factors = parent.genotype, []
-        for _ in range(1 + attempt // ATTEMPTS_PER_STEP):
-            if (mutation := space.mutate(genotype, rng)) is None:
-                return None
-            genotype = space.canonical(mutation.genotype)
-            factors.append(mutation.factor)
-        if genotype not in known:
-            return Proposal(
-                number, genotype, "mutation", parent=parent.number, factor="+".join(factors)
-            )
-    return None

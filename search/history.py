@@ -43,15 +43,17 @@ class Candidate:
         """Whether it has a score and did not fail later."""
         return bool(self.scores) and self.state != "failed"
 
+    def costs(self, objectives: Iterable[Objective]) -> Point | None:
+        """Its objectives but the score; None if it was not measured."""
+        known = {"latency_ms": self.latency_ms, "memory_bytes": self.memory_bytes}
+        costs = [known[objective] for objective in objectives if objective not in QUALITIES]
+        return None if None in costs else tuple(map(float, costs))  # type: ignore[arg-type]
+
     def point(self, objectives: Iterable[Objective], rung: int) -> Point:
         """Its objectives, with the score after a rung."""
-        costs = {"latency_ms": self.latency_ms, "memory_bytes": self.memory_bytes}
-        point = [
-            self.scores[rung] if objective in QUALITIES else costs[objective]
-            for objective in objectives
-        ]
-        assert None not in point, f"candidate {self.number} was not measured"
-        return tuple(map(float, point))  # type: ignore[arg-type]
+        costs = self.costs(objectives)
+        assert costs is not None, f"candidate {self.number} was not measured"
+        return (self.scores[rung], *costs)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class History:
         # Candidates that trained, are training or will: all but the infeasible.
         self.num_tried = 0
         self._waiting: set[int] = set()
+        # Numbers of those that are, or will be, on their first rung.
+        self.pending: set[int] = set()
         for candidate in candidates:
             self.put(candidate)
 
@@ -118,11 +122,18 @@ class History:
             before is not None and before.state != "infeasible"
         )
         (self._waiting.add if candidate.state == "waiting" else self._waiting.discard)(number)
+        is_pending = candidate.state in ("waiting", "running") and not candidate.scores
+        (self.pending.add if is_pending else self.pending.discard)(number)
         num_known = len(before.scores) if before else 0
         for rung in range(num_known, len(candidate.scores)):
             if rung == len(self._done):
                 self._done.append([])
             bisect.insort(self._done[rung], number)
+
+    @property
+    def num_scores(self) -> int:
+        """Trainings that gave a score, over all rungs."""
+        return sum(map(len, self._done))
 
     def waiting(self) -> list[int]:
         """Numbers of the candidates that lost their owner."""

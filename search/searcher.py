@@ -246,7 +246,7 @@ class Searcher:
                 self.config.seed,
                 self.target_ms,
                 self.study.history,
-                num_rungs=len(self.config.proxy.rung_tokens),
+                rung_tokens=self.config.proxy.rung_tokens,
                 num_candidates=self.config.num_candidates,
             )
             if step is None:

@@ -212,7 +212,7 @@ def test_one_objective_of_quality_comes_first(objectives, quality):
         read(EvolutionConfig, values, "evolution")
 
 
-def search(seed, num_candidates=30, num_rungs=3, config=PARETO):
+def search(seed, num_candidates=30, rung_tokens=(1, 4, 16), config=PARETO):
     """A whole search with rungs: every history, and the step that was taken in it."""
     rng = random.Random(f"scores/{seed}")
     candidates: list[Candidate] = []
@@ -224,7 +224,7 @@ def search(seed, num_candidates=30, num_rungs=3, config=PARETO):
             seed,
             TARGET_MS,
             History(candidates),
-            num_rungs=num_rungs,
+            rung_tokens=rung_tokens,
             num_candidates=num_candidates,
         )
         steps.append((list(candidates), step))
@@ -275,12 +275,14 @@ def test_a_history_that_grew_is_the_same_as_one_that_is_read_anew(seed):
     for candidates, step in search(seed):
         for candidate in candidates:
             grown.put(candidate)
-        again = next_step(SPACE, PARETO, seed, TARGET_MS, grown, num_rungs=3, num_candidates=30)
+        again = next_step(
+            SPACE, PARETO, seed, TARGET_MS, grown, rung_tokens=(1, 4, 16), num_candidates=30
+        )
         assert again == step
 
 
 def test_without_rungs_nobody_goes_on():
-    assert not any(isinstance(step, Promotion) for _, step in search(0, num_rungs=1))
+    assert not any(isinstance(step, Promotion) for _, step in search(0, rung_tokens=(1,)))
 
 
 def test_random_search_has_no_parents():
