@@ -386,12 +386,12 @@ class SearchSpace:
         rules = self.rules
         max_types = min(rules.max_block_types, rules.max_blocks)
         types = [self._draw_block(rng) for _ in range(rng.randint(1, max_types))]
-        length = rng.randint(rules.max_operators // 2, rules.max_operators)
-        sequence: list[BlockType] = []
+        left = rng.randint(1, rules.max_operators)
+        sequence = [rng.choice(types)]
         while len(sequence) < rules.max_blocks:
+            left -= sequence[-1].num_operators
             block = rng.choice(types)
-            length -= block.num_operators
-            if length < 0:
+            if block.num_operators > left:
                 break
             sequence.append(block)
         return Genotype.from_sequence(
