@@ -434,8 +434,8 @@ def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     experiment, tmp_path
 ):
     overrides = ("workers=2", "storage=journal", "storage.lease_seconds=5", "accuracy_items=0")
-    rungs = ("proxy.rung_tokens=[160,320]", "evolution.promoted_share=0.5")
-    process = start(experiment, tmp_path, *overrides, *rungs, "num_candidates=8")
+    rungs = "proxy.rung_tokens=[160,320]"
+    process = start(experiment, tmp_path, *overrides, rungs, "num_candidates=8")
     for line in process.stdout:
         if line.startswith("#1 "):
             break
@@ -457,7 +457,7 @@ def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
     assert {row["state"] for row in rows} == {"scored"}
     assert len({row["architecture"] for row in rows}) == 8
     climbed = [row for row in rows if row["rung"] == 1]
-    assert len(climbed) >= 4
+    assert climbed
     for row in rows:
         assert [each["tokens"] for each in row["rungs"]] == [160, 320][: row["rung"] + 1]
         assert row["loss"] == row["rungs"][-1]["loss"]
