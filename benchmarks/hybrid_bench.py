@@ -91,12 +91,7 @@ def main() -> None:
         str(space.realize(genotype, space.config.widths[0], VOCAB_SIZE))
         for genotype in space.genotypes()
     ]
-    corpus = prepare(
-        DataConfig(source="shakespeare", cache_dir=arguments.cache),
-        TokenizerConfig(name="bpe", vocab_size=VOCAB_SIZE),
-        progress=console.print,
-    )
-    train_all(runs(texts), corpus.folder.resolve(), curves, arguments.processes)
+    train_all(runs(texts), corpus_folder(arguments.cache), curves, arguments.processes)
     if not arguments.no_latency:
         measure_all(texts, latencies)
         results = write_table(texts, curves, latencies, space)
@@ -122,6 +117,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def corpus_folder(cache: Path) -> Path:
+    """Of the packed corpus, which is made if it is not in the cache yet."""
+    corpus = prepare(
+        DataConfig(source="shakespeare", cache_dir=cache),
+        TokenizerConfig(name="bpe", vocab_size=VOCAB_SIZE),
+        progress=console.print,
+    )
+    return corpus.folder.resolve()
+
+
 def runs(texts: list[str]) -> list[tuple[str, int]]:
     """What to train: (architecture, seed) pairs in an order that is as good to stop in as any."""
     order = random.Random(0).sample(texts, len(texts))
@@ -129,26 +134,23 @@ def runs(texts: list[str]) -> list[tuple[str, int]]:
     return first + [(text, seed) for text in order[:NUM_REPEATED] for seed in SEEDS[1:]]
 
 
-def train_all(
-    wanted: list[tuple[str, int]], corpus_folder: Path, curves: Path, processes: int
-) -> None:
+def train_all(wanted: list[tuple[str, int]], corpus: Path, curves: Path, processes: int) -> None:
     """Train whatever has no curve yet."""
     missing = [run for run in wanted if not curve_path(curves, *run).exists()]
     console.print(f"{len(wanted) - len(missing)} of {len(wanted)} are trained")
     context = multiprocessing.get_context("spawn")
     begin_s = time.monotonic()
     with ProcessPoolExecutor(processes, context) as pool:
-        jobs = [pool.submit(train, *run, corpus_folder, curves) for run in missing]
+        jobs = [pool.submit(train, *run, corpus, curves) for run in missing]
         for count, job in enumerate(as_completed(jobs), start=1):
             left_min = (time.monotonic() - begin_s) / count * (len(missing) - count) / 60
             console.print(f"{count}/{len(missing)} {job.result()} {left_min:.0f} min left")
 
 
-def train(text: str, seed: int, corpus_folder: Path, curves: Path) -> str:
+def train(text: str, seed: int, corpus: Path, curves: Path) -> str:
     """Train one hybrid with one seed, and keep its curve."""
     torch.set_num_threads(1)
-    corpus = PackedCorpus.open(corpus_folder)
-    training = ProxyTraining(Architecture.parse(text), corpus, PROXY, seed)
+    training = ProxyTraining(Architecture.parse(text), PackedCorpus.open(corpus), PROXY, seed)
     losses = []
     for budget in BUDGETS:
         training.train(budget)

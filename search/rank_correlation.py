@@ -47,11 +47,11 @@ def rank_correlation(
         return None
     chosen = np.random.default_rng(seed).integers(n, size=(NUM_RESAMPLES, n))
     # A resample without two different scores has no ranking.
-    low, high = np.nanquantile(_spearman(scores[:, chosen]), [0.025, 0.975])
-    return RankCorrelation(float(_spearman(scores)), float(low), float(high), n)
+    low, high = np.nanquantile(spearman(scores[:, chosen]), [0.025, 0.975])
+    return RankCorrelation(float(spearman(scores)), float(low), float(high), n)
 
 
-def _spearman(scores: np.ndarray) -> np.ndarray:
+def spearman(scores: np.ndarray) -> np.ndarray:
     """Rho [...] of scores [2, ..., N]: the correlation of their ranks; NaN if one has no spread."""
     from scipy import stats
 

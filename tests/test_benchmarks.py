@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
 
 def run(root: Path, name: str, *arguments: str) -> dict[str, Any]:
     """What a benchmark's last line holds."""
@@ -48,3 +51,56 @@ def test_search_overhead(root: Path) -> None:
     for storage in ("sqlite", "journal"):
         assert set(results[storage]["ms_per_candidate"]) == {"4", "8"}
         assert results[storage]["resume_s"] > 0
+
+
+def test_warm_start(root: Path, tmp_path: Path) -> None:
+    """So few steps that loss falls in all of them, whatever was learnt before."""
+    arguments = ("--pairs", "4", "--steps", "16", "--processes", "1")
+    folders = ("--folder", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"))
+    results = run(root, "warm_start", *arguments, *folders)
+    assert set(results["rank_correlation"]) == {"warm", "cold", "cold_twice", "mixed"}
+    low, loss_less_cold, high = results["loss_less_cold"]
+    assert low <= loss_less_cold <= high < 0
+    assert results["cold_steps"][1] > 16
+    trained = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")]
+    assert len(trained) == 4
+    assert all(each["loss"] < each["parent_loss"] for each in trained)
+
+
+def test_warm_start_that_does_what_more_cold_steps_do(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm losses that are the cold ones after as many steps, or twice as many."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from warm_start import STEPS, compare
+
+    rng = np.random.default_rng(0)
+    curves = np.sort(rng.uniform(3, 7, size=(24, len(STEPS))), axis=1)[:, ::-1]
+    same = compare(curves[:, STEPS.index(48)], curves, steps=48)
+    assert same["rank_correlation"]["warm"] == same["rank_correlation"]["mixed"]
+    assert same["rank_correlation_less_cold"] == {"warm": [0, 0, 0], "mixed": [0, 0, 0]}
+    assert same["loss_less_cold"] == [0, 0, 0]
+    assert same["cold_steps"] == pytest.approx([48, 48, 48])
+    twice = compare(curves[:, STEPS.index(96)], curves, steps=48)
+    assert twice["rank_correlation"]["warm"] == twice["rank_correlation"]["cold_twice"]
+    assert twice["rank_correlation"]["cold"] == same["rank_correlation"]["warm"]
+    assert twice["tokens_ratio"] == pytest.approx([0.5, 0.5, 0.5])
+    between = curves[:, STEPS.index(64)] / 2 + curves[:, STEPS.index(96)] / 2
+    found = compare(between, curves, steps=48)
+    assert found["cold_steps"] == pytest.approx([np.sqrt(64 * 96)] * 3)
+
+
+def test_a_warm_start_that_helps_spoils_only_the_ranking_beside_cold_ones(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are lower by more than they span: every warm child is before every cold one."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from warm_start import STEPS, compare
+
+    curves = np.arange(100.0)[:, None] / 100 + np.linspace(7, 4, len(STEPS))
+    found = compare(curves[:, STEPS.index(48)] - 2, curves, steps=48)
+    assert found["rank_correlation"]["warm"] == pytest.approx([1, 1, 1])
+    assert found["rank_correlation_less_cold"]["warm"] == pytest.approx([0, 0, 0])
+    # In the mix a share u of all stands at u / 2 or at (1 + u) / 2, as chance has it: rho is 1/2.
+    assert found["rank_correlation"]["mixed"][1] == pytest.approx(0.5, abs=0.1)
+    assert found["loss_less_cold"] == pytest.approx([-2, -2, -2])
