@@ -1,6 +1,7 @@
 """Benchmarks end with one line of JSON that holds what they promise."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,3 +105,33 @@ def test_a_warm_start_that_helps_spoils_only_the_ranking_beside_cold_ones(
     # In the mix a share u of all stands at u / 2 or at (1 + u) / 2, as chance has it: rho is 1/2.
     assert found["rank_correlation"]["mixed"][1] == pytest.approx(0.5, abs=0.1)
     assert found["loss_less_cold"] == pytest.approx([-2, -2, -2])
+
+
+def test_search_efficiency(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of the table, with the tokens that they took."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from search_efficiency import METHODS, TABLE, Benchmark, compare, run, tokens_to
+
+    bench = Benchmark.load(TABLE)
+    assert len(bench.losses) == 258
+    curves = {name: run(TABLE, name, 0) for name in ("aging", "random", "ours")}
+    for tokens, volume in curves.values():
+        assert np.all(np.diff(tokens) > 0)
+        assert np.all(np.diff(volume) >= 0)
+        assert volume[-1] <= bench.highest + 1e-9
+    # Full trainings, one after another.
+    assert set(np.diff(curves["aging"][0])) == {bench.full_tokens}
+    goal = 0.9 * bench.highest
+    reached = {name: np.array([tokens_to(goal, curve)]) for name, curve in curves.items()}
+    found = compare("random", reached)
+    assert found["tokens_ratio"]["ratio"] == reached["random"][0] / reached["aging"][0]
+    assert found["ours_ratio"]["high"] == reached["ours"][0] / reached["random"][0] < 1
+    # Who never gets there is infinitely behind.
+    never = compare("random", reached | {"random": np.array([math.inf])})
+    assert never["tokens"] is never["tokens_ratio"]["ratio"] is None
+    assert never["ours_ratio"]["high"] == 0
+
+    tokens, _ = run(TABLE, "lowest_rung_first", 0)
+    low = bench.budgets[3]
+    assert tokens[-1] == len(bench.feasible) * low + 10 * (bench.full_tokens - low)
+    assert set(METHODS) > set(curves)
