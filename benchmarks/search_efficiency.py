@@ -21,6 +21,7 @@ on until then, in full trainings, the median over the seeds (null: most seeds ne
 a share of this method. Both with the bootstrap's 95 % interval.
 
 python benchmarks/search_efficiency.py
+python benchmarks/search_efficiency.py --methods aging random ours
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ PARETO = EvolutionConfig(
 OURS = EvolutionConfig(algorithm="ehvi", initial_candidates=10, population_size=1, sample_size=1)
 # Steps of the table's last budget at which a candidate is looked at.
 NUM_STEPS = 1024
-RUNG_STEPS = (48, 512, NUM_STEPS)
+RUNG_STEPS = (48, 768, NUM_STEPS)
 NUM_FULL = 10
 NUM_RESAMPLES = 10_000
 
@@ -150,7 +151,7 @@ def main() -> None:
     seeds = range(arguments.seeds)
     curves: dict[str, list[Curve]] = {}
     with ProcessPoolExecutor(arguments.processes) as pool:
-        for name in METHODS:
+        for name in arguments.methods:
             curves[name] = list(pool.map(partial(run, arguments.table, name), seeds))
             console.print(f"{name}: {len(seeds)} searches")
     evaluated = NUM_EVALUATIONS * bench.full_tokens
@@ -161,7 +162,7 @@ def main() -> None:
     }
     line = {
         "benchmark": "search_efficiency",
-        "results": {name: compare(name, tokens) for name in METHODS},
+        "results": {name: compare(name, tokens) for name in arguments.methods},
         "goal": goal,
         "highest": bench.highest,
         "seeds": len(seeds),
@@ -183,6 +184,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), help="with aging and ours among them"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
     return parser.parse_args()
