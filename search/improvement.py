@@ -57,9 +57,10 @@ def next_by_improvement(
         return None
     choices: list[Proposal] = []
     if tries_new:
-        points = _points(_forecast(known, [], objectives, num_rungs))
-        on_frontier = non_dominated(points)
-        parents = [each for each, is_on in zip(known, on_frontier, strict=True) if is_on]
+        # Whose scores are awaited has no weights that a child could begin with.
+        scored = [each for each in known if each.scores]
+        on_frontier = non_dominated(_points(_forecast(scored, [], objectives, num_rungs)))
+        parents = [each for each, is_on in zip(scored, on_frontier, strict=True) if is_on]
         choices = new_choices(space, seed, history, parents)
     ahead = _forecast(known, choices, objectives, num_rungs)
     points = _points(ahead)

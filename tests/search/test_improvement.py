@@ -168,6 +168,25 @@ def test_what_others_work_on_is_left_to_them():
     assert asked
 
 
+def test_parents_have_been_trained():
+    candidates, _ = search(1)[-1]
+    # Whoever is new is forecast to be good, and runs.
+    proposals = 0
+    for number in range(CONFIG.initial_candidates, len(candidates)):
+        running = [
+            replace(each, state="running", scores=(), latency_ms=None) if place % 2 else each
+            for place, each in enumerate(candidates[:number])
+            if each.state != "failed"
+        ]
+        running = [replace(each, number=place) for place, each in enumerate(running)]
+        settings = {"rung_tokens": RUNG_TOKENS, "num_candidates": 99}
+        step = next_step(SPACE, CONFIG, 1, TARGET_MS, History(running), **settings)
+        if isinstance(step, Proposal) and step.parent is not None:
+            proposals += 1
+            assert running[step.parent].scores
+    assert proposals
+
+
 def test_while_nothing_has_a_score_others_are_waited_for():
     running = [
         Candidate(number, step.genotype, "running")
