@@ -51,7 +51,7 @@ class EvolutionConfig:
         account as soon as it is there.
     promoted_share: of the candidates of a rung, how many go on to the next.
 
-    ehvi needs the first of these only.
+    Of these numbers ehvi takes initial_candidates alone.
     """
 
     initial_candidates: int

@@ -85,7 +85,10 @@ def _costs(common: np.ndarray, costs: Sequence[Sequence[float] | None]) -> np.nd
     if len(known) == len(costs):
         return values
     process = GaussianProcess(common, known)
-    found = np.column_stack([np.exp(process.predict(column)[0]) for column in np.log(values).T])
+    found = np.empty((len(costs), values.shape[1]))
+    for place, column in enumerate(np.log(values).T):
+        found[:, place], _ = process.predict(column)
+    found = np.exp(found)
     found[known] = values
     return found
 

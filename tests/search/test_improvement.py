@@ -199,6 +199,15 @@ def test_while_nothing_has_a_score_others_are_waited_for():
     assert isinstance(more, Proposal)
 
 
+def test_with_the_score_alone_the_best_is_finished():
+    config = replace(CONFIG, objectives=("loss",))
+    last, _ = search(0, num_candidates=12, config=config)[-1]
+    tried = [each for each in last if each.state == "scored"]
+    full = [each for each in tried if len(each.scores) == 3]
+    best = min(quality(each.genotype)[0] for each in tried)
+    assert min(quality(each.genotype)[0] for each in full) == best
+
+
 def test_three_objectives_and_a_single_rung():
     config = replace(CONFIG, objectives=("loss", "latency_ms", "memory_bytes"))
     rng = random.Random(0)
