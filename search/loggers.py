@@ -58,7 +58,8 @@ class WandbLogger:
             name=config.name,
             id=study.settle("wandb_id", uuid4().hex[:8]),
             resume="allow",
-            mode="offline" if config.logger.offline else "online",
+            # Online is what W&B does by itself, unless the machine's WANDB_MODE says otherwise.
+            mode="offline" if config.logger.offline else None,
             dir=str(run_folder),
             config=plain(config),
         )

@@ -225,7 +225,9 @@ def _loggers(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
         save_dir=run_dir,
         project=config.logger.project,
         entity=config.logger.entity,
-        offline=config.logger.offline,
+        # Lightning's own `offline` sets a variable that a session already begun does not read, and
+        # that the next job of a sweep would inherit.
+        mode="offline" if config.logger.offline else None,
         config=config.identity(),
     )
     try:

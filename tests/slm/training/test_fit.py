@@ -284,8 +284,11 @@ def test_weights_and_biases_offline(
     import wandb
 
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # As after another job of a sweep: what is set in the environment from here on is not read.
+    wandb.setup()
     config = make_config(logger={"name": "wandb", "offline": True}, trainer={"max_steps": 2})
     fit(config, tmp_path)
+    assert "WANDB_MODE" not in os.environ
     # Its process writes the file, and may still do so after a run's end.
     wandb.teardown()
     (offline,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
