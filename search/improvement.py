@@ -4,7 +4,7 @@ Every candidate, tried or not, is forecast to the last rung (`search.forecast`).
 hypervolume improvement (Emmerich 2006) is what the volume between the frontier of those that were
 trained in full and a worst point is expected to grow by. Divided by what training it further costs,
 it decides everything: who is trained on, and whether and which new candidate is tried. New ones are
-chosen among mutations of those that are forecast to be on the frontier.
+chosen among mutations of those that seem to be on the frontier.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ def next_by_improvement(
         return None
     choices: list[Proposal] = []
     if tries_new:
-        # Whose scores are awaited has no weights that a child could begin with.
-        scored = [each for each in known if each.scores]
-        on_frontier = non_dominated(_points(_forecast(scored, [], objectives, num_rungs)))
-        parents = [each for each, is_on in zip(scored, on_frontier, strict=True) if is_on]
-        choices = new_choices(space, seed, history, parents)
+        choices = new_choices(space, seed, history, _parents(known, objectives, num_rungs))
     ahead = _forecast(known, choices, objectives, num_rungs)
     points = _points(ahead)
     done = np.array([len(each.scores) for each in known] + [0] * len(choices))
@@ -163,6 +159,26 @@ def _known(history: History, objectives: Sequence[Objective], num_rungs: int) ->
         found += history.done(rung, NUM_PEERS)
     numbers = {each.number for each in found} | history.pending
     return [history[number] for number in sorted(numbers)]
+
+
+def _parents(
+    known: Sequence[Candidate], objectives: Sequence[Objective], num_rungs: int
+) -> list[Candidate]:
+    """The frontier if all went on to the last rung with the average change.
+
+    Whose scores are awaited has no weights that a child could begin with.
+    """
+    scored = [each for each in known if each.scores]
+    changes = [0.0] * num_rungs
+    for rung in range(1, num_rungs):
+        went_on = [each.scores for each in scored if len(each.scores) > rung]
+        total = sum(scores[rung] - scores[rung - 1] for scores in went_on)
+        changes[rung] = total / max(1, len(went_on))
+    points = []
+    for each in scored:
+        score, *costs = each.point(objectives, -1)
+        points.append((score + sum(changes[len(each.scores) :]), *costs))
+    return [each for each, is_on in zip(scored, non_dominated(points), strict=True) if is_on]
 
 
 def _forecast(

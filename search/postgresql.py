@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from search.relational import RelationalStorage
 from slm.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -72,28 +72,28 @@ def _retried(operation: Operation) -> Operation:
     return attempt  # type: ignore[return-value]
 
 
-class PostgreSQLStorage(RDBStorage):
+class PostgreSQLStorage(RelationalStorage):
     """Optuna's storage of relational databases, which waits for its server.
 
     Raises ConfigError without a driver or a server, and when the server has been gone for too long.
     """
 
     # When a study is opened, and all the time; `create_new_trial` is done anew by Optuna itself.
-    create_new_study = _retried(RDBStorage.create_new_study)
-    get_study_id_from_name = _retried(RDBStorage.get_study_id_from_name)
+    create_new_study = _retried(RelationalStorage.create_new_study)
+    get_study_id_from_name = _retried(RelationalStorage.get_study_id_from_name)
     get_trial_id_from_study_id_trial_number = _retried(
-        RDBStorage.get_trial_id_from_study_id_trial_number
+        RelationalStorage.get_trial_id_from_study_id_trial_number
     )
-    get_study_name_from_id = _retried(RDBStorage.get_study_name_from_id)
-    get_study_directions = _retried(RDBStorage.get_study_directions)
-    get_study_system_attrs = _retried(RDBStorage.get_study_system_attrs)
-    set_study_system_attr = _retried(RDBStorage.set_study_system_attr)
-    get_study_user_attrs = _retried(RDBStorage.get_study_user_attrs)
-    set_study_user_attr = _retried(RDBStorage.set_study_user_attr)
-    set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
-    set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
-    set_trial_state_values = _retried(RDBStorage.set_trial_state_values)
-    _get_trials = _retried(RDBStorage._get_trials)
+    get_study_name_from_id = _retried(RelationalStorage.get_study_name_from_id)
+    get_study_directions = _retried(RelationalStorage.get_study_directions)
+    get_study_system_attrs = _retried(RelationalStorage.get_study_system_attrs)
+    set_study_system_attr = _retried(RelationalStorage.set_study_system_attr)
+    get_study_user_attrs = _retried(RelationalStorage.get_study_user_attrs)
+    set_study_user_attr = _retried(RelationalStorage.set_study_user_attr)
+    set_trial_user_attr = _retried(RelationalStorage.set_trial_user_attr)
+    set_trial_system_attr = _retried(RelationalStorage.set_trial_system_attr)
+    set_trial_state_values = _retried(RelationalStorage.set_trial_state_values)
+    _get_trials = _retried(RelationalStorage._get_trials)
 
     def __init__(self, url: str) -> None:
         address = sqlalchemy.make_url(url).set(drivername=DRIVERS[-1])

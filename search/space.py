@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Literal, TypeVar
 
 from search.constraints import ConstraintsConfig
@@ -35,6 +35,8 @@ T = TypeVar("T")
 SAMPLE_ATTEMPTS = 10_000
 # Of a random mutation or crossover, before all of them are gone through.
 VARIATION_ATTEMPTS = 200
+# Genotypes of which is remembered what they are: a search comes back to the same ones.
+NUM_REMEMBERED = 2**15
 
 
 @schema
@@ -211,6 +213,8 @@ class SearchSpace:
             str(operator): {width for width in config.widths if not operator.problems(width)}
             for operator in (*mixers, *ffns)
         }
+        self._remembered_allows = lru_cache(NUM_REMEMBERED)(self._allows)
+        self._remembered_canonical = lru_cache(NUM_REMEMBERED)(self._canonical)
 
     # Membership
 
@@ -237,12 +241,18 @@ class SearchSpace:
 
     def canonical(self, genotype: Genotype) -> Genotype:
         """The one genotype that stands for all those of the same architecture."""
+        return self._remembered_canonical(genotype)
+
+    def _canonical(self, genotype: Genotype) -> Genotype:
         canonical = self.decompose(*genotype.phenotype())
         assert canonical is not None, f"{genotype} is outside the space"
         return canonical
 
     def allows(self, genotype: Genotype) -> bool:
         """Whether the genotype is in the space and meets the constraints on its operators."""
+        return self._remembered_allows(genotype)
+
+    def _allows(self, genotype: Genotype) -> bool:
         return (
             self.rules.allow(genotype)
             and not self.structure.problems(genotype.operators())

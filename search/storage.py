@@ -53,7 +53,9 @@ class StorageConfig:
             backend = JournalFileBackend(str(run_folder / "journal.log"))
             return optuna.storages.JournalStorage(backend)
         if self.kind == "sqlite":
-            return optuna.storages.RDBStorage(
+            from search.relational import RelationalStorage
+
+            return RelationalStorage(
                 f"sqlite:///{run_folder / 'study.db'}",
                 engine_kwargs={"connect_args": {"timeout": 60, "factory": _Connection}},
             )

@@ -105,7 +105,10 @@ def test_scores_come_back_in_another_process_and_in_plain_optuna(kind, tmp_path)
         claim.proposal for claim in (first, second, third, fourth)
     ]
 
-    storage = StorageConfig(kind=kind, url=URLS[kind]).open(tmp_path)
+    if kind == "journal":
+        storage = StorageConfig(kind=kind).open(tmp_path)
+    else:
+        storage = URLS[kind] or f"sqlite:///{tmp_path / 'study.db'}"
     plain = optuna.load_study(study_name="test", storage=storage)
     assert plain.metric_names == ["loss", "latency_ms"]
     assert [trial.values for trial in plain.best_trials] == [[1.25, 3.5]]
@@ -137,17 +140,23 @@ def test_what_was_claimed_is_known_without_reading_it_back(kind, tmp_path):
 
 def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
     study, statements = open_study("sqlite", tmp_path), []
+    parameters = []
 
-    def count(*arguments) -> None:
+    def count(connection, cursor, statement, *others) -> None:
         statements[-1] += 1
+        parameters[-1] += "trial_params" in statement
 
     sqlalchemy.event.listen(study._storage._backend.engine, "before_cursor_execute", count)
     for loss in range(12):
         statements.append(0)
+        parameters.append(0)
         assert study.reap() == 0
         score(claim_next(study), float(loss))
     first, *others = statements[1:]
     assert set(others) == {first}
+    # Each is written, and all are read once.
+    named = study._parameters(study.records[0].proposal.genotype, 0)
+    assert set(parameters[1:]) == {len(named) + 1}
 
 
 def test_a_candidate_goes_on_from_rung_to_rung(kind, tmp_path):
