@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -64,14 +65,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure_start() -> float:
     """Milliseconds from the start of this process until its worker has done a first job."""
-    import psutil
     from cheap_search import cheap_search
 
     with tempfile.TemporaryDirectory() as folder:
         search = cheap_search(Path(folder), CANDIDATES_PER_PROCESS, STORAGES[0])
         with search.searcher.resources:
             do_first_job(search)
-            return 1000 * (time.time() - psutil.Process().create_time())
+            return 1000 * seconds_since_start()
+
+
+def seconds_since_start() -> float:
+    """Of this process, to the hundredth; as time of day it is known to the second only."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
 
 
 def do_first_job(search: Search) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 # Of the prior's variance, the part of the smooth kernel against the linear one's.
-SMOOTH_SHARE = 0.3
+SMOOTH_SHARE = 1.0
 # Noise as a share of the prior's variance; the likeliest is taken.
 NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Features and values that differ by less are the same.

@@ -20,15 +20,16 @@ from search.forecast import Forecast, forecast
 from search.frontier import Point, hypervolume, non_dominated
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal
-from search.offspring import propose_child, propose_random
+from search.offspring import mutant, propose_child, propose_random
 from search.space import SearchSpace
 
-# New candidates are chosen among so many,
-NUM_CHOICES = 16
+# New candidates are chosen among those of so many draws that are new,
+NUM_DRAWS = 128
 # each after one mutation, and with this probability after a further one, and so on.
 FURTHER_MUTATION = 0.5
-# On each rung the newest so many are taken into account, beside those in full.
-NUM_PEERS = 64
+# On the first rung the newest so many are taken into account, on each further one half as many,
+# beside the frontier.
+NUM_PEERS = 128
 # The worst point: so far beyond the worst score of the frontier, as a share of all scores'
 # deviation, and beyond the largest costs.
 SCORE_MARGIN = 0.1
@@ -138,15 +139,19 @@ def new_choices(
     number = len(history)
     rng = random.Random(f"{seed}/{number}/{history.num_scores}")
     found: dict[Genotype, Proposal] = {}
-    for _ in range(NUM_CHOICES):
+    for _ in range(NUM_DRAWS):
         num_mutations = 1
         while rng.random() < FURTHER_MUTATION:
             num_mutations += 1
-        choice = propose_child(
-            space, number, rng, history, rng.choice(parents), num_mutations
-        ) or propose_random(space, number, rng, history)
-        if choice is not None:
+        choice = mutant(space, number, rng, rng.choice(parents), num_mutations)
+        if choice is not None and choice.genotype not in history:
             found.setdefault(choice.genotype, choice)
+    if not found:
+        # All around is known.
+        choice = propose_child(space, number, rng, history, rng.choice(parents)) or propose_random(
+            space, number, rng, history
+        )
+        return [] if choice is None else [choice]
     return list(found.values())
 
 
@@ -156,7 +161,7 @@ def _known(history: History, objectives: Sequence[Objective], num_rungs: int) ->
     on_frontier = non_dominated([each.point(objectives, -1) for each in full])
     found = [each for each, is_on in zip(full, on_frontier, strict=True) if is_on]
     for rung in range(num_rungs):
-        found += history.done(rung, NUM_PEERS)
+        found += history.done(rung, NUM_PEERS >> rung)
     numbers = {each.number for each in found} | history.pending
     return [history[number] for number in sorted(numbers)]
 

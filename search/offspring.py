@@ -32,14 +32,21 @@ def propose_child(
 ) -> Proposal | None:
     """The parent after so many mutations, new; after more if need be."""
     for attempt in range(PROPOSAL_ATTEMPTS):
-        genotype, factors = parent.genotype, []
-        for _ in range(num_mutations + attempt // ATTEMPTS_PER_STEP):
-            if (mutation := space.mutate(genotype, rng)) is None:
-                return None
-            genotype = space.canonical(mutation.genotype)
-            factors.append(mutation.factor)
-        if genotype not in known:
-            return Proposal(
-                number, genotype, "mutation", parent=parent.number, factor="+".join(factors)
-            )
+        num_further = attempt // ATTEMPTS_PER_STEP
+        child = mutant(space, number, rng, parent, num_mutations + num_further)
+        if child is None or child.genotype not in known:
+            return child
     return None
+
+
+def mutant(
+    space: SearchSpace, number: int, rng: random.Random, parent: Candidate, num_mutations: int = 1
+) -> Proposal | None:
+    """The parent after so many mutations, new or not; None if nothing can change."""
+    genotype, factors = parent.genotype, []
+    for _ in range(num_mutations):
+        if (mutation := space.mutate(genotype, rng)) is None:
+            return None
+        genotype = space.canonical(mutation.genotype)
+        factors.append(mutation.factor)
+    return Proposal(number, genotype, "mutation", parent=parent.number, factor="+".join(factors))

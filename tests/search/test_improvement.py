@@ -237,9 +237,9 @@ def test_a_long_history_is_looked_at_in_part(monkeypatch):
     looked_at = []
     original = improvement.forecast
 
-    def forecast(genotypes, *arguments):
-        looked_at.append(len(genotypes))
-        return original(genotypes, *arguments)
+    def forecast(genotypes, scores, *arguments):
+        looked_at.append(sum(map(bool, scores)))
+        return original(genotypes, scores, *arguments)
 
     monkeypatch.setattr(improvement, "forecast", forecast)
     rng, genotypes = random.Random(0), dict.fromkeys(SPACE.seeds.values())
