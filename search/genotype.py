@@ -98,6 +98,10 @@ class Genotype:
 
     def operators(self) -> tuple[str, ...]:
         """All operators, first to last."""
+        return self._operators
+
+    @cached_property
+    def _operators(self) -> tuple[str, ...]:
         return tuple(op for block in self.sequence for op in block.operators(self.ffn))
 
     def phenotype(self) -> tuple[tuple[str, ...], int, int | None]:
@@ -175,7 +179,7 @@ class Rules:
             and block.ffns_per_mixer in self.ffns_per_mixer
         )
 
-    @property
+    @cached_property
     def factors(self) -> tuple[str, ...]:
         """The factors that there is a choice of."""
         choices = {
