@@ -27,9 +27,10 @@ from search.space import SearchSpace
 NUM_DRAWS = 128
 # each after one mutation, and with this probability after a further one, and so on.
 FURTHER_MUTATION = 0.5
-# On the first rung the newest so many are taken into account, on each further one half as many,
-# beside the frontier.
+# On the first rung the newest so many are taken into account, on each further one half as many but
+# no fewer than these, beside the frontier.
 NUM_PEERS = 128
+FEWEST_PEERS = 16
 # The worst point: so far beyond the worst score of the frontier, as a share of all scores'
 # deviation, and beyond the largest costs.
 SCORE_MARGIN = 0.1
@@ -161,7 +162,7 @@ def _known(history: History, objectives: Sequence[Objective], num_rungs: int) ->
     on_frontier = non_dominated([each.point(objectives, -1) for each in full])
     found = [each for each, is_on in zip(full, on_frontier, strict=True) if is_on]
     for rung in range(num_rungs):
-        found += history.done(rung, NUM_PEERS >> rung)
+        found += history.done(rung, max(NUM_PEERS >> rung, FEWEST_PEERS))
     numbers = {each.number for each in found} | history.pending
     return [history[number] for number in sorted(numbers)]
 

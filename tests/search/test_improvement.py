@@ -233,7 +233,8 @@ def test_three_objectives_and_a_single_rung():
     }
 
 
-def test_a_long_history_is_looked_at_in_part(monkeypatch):
+@pytest.mark.parametrize("num_scores", [1, 12])
+def test_a_long_history_is_looked_at_in_part(monkeypatch, num_scores):
     looked_at = []
     original = improvement.forecast
 
@@ -246,7 +247,7 @@ def test_a_long_history_is_looked_at_in_part(monkeypatch):
     while len(genotypes) < 3 * NUM_PEERS:
         genotypes[SPACE.sample(rng)] = None
     candidates = [
-        Candidate(number, genotype, "scored", (rng.uniform(3, 4),), rng.uniform(5, 9))
+        Candidate(number, genotype, "scored", (rng.uniform(3, 4),) * num_scores, rng.uniform(5, 9))
         for number, genotype in enumerate(genotypes)
     ]
     next_step(
@@ -255,7 +256,7 @@ def test_a_long_history_is_looked_at_in_part(monkeypatch):
         0,
         TARGET_MS,
         History(candidates),
-        rung_tokens=RUNG_TOKENS,
+        rung_tokens=[1000 * 2**rung for rung in range(12)],
         num_candidates=len(candidates) + 1,
     )
     assert looked_at
