@@ -164,9 +164,7 @@ def propose(
         return propose_random(space, number, rng, history)
     sample = rng.sample(population, min(config.sample_size, len(population)))
     parent = select_parent(sample, config, target_ms)
-    return propose_child(space, number, rng, history, parent) or propose_random(
-        space, number, rng, history
-    )
+    return propose_child(space, number, rng, history, parent)
 
 
 def cycle_start(number: int, config: EvolutionConfig) -> int:

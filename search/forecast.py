@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from search.gaussian_process import TINY, GaussianProcess, covariance
 from search.genotype import Genotype
@@ -47,23 +46,6 @@ def forecast(
     scores: of each genotype, after each rung that it is done with; at least one genotype has some.
     costs: of each genotype, or None where they are not known; at least one is.
     """
-    # Of matrices so small, further threads only keep whoever trains or is timed from the cores.
-    with _libraries().limit(limits=1, user_api="blas"):
-        return _forecast(genotypes, scores, costs, num_rungs)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    """Those with threads of their own, numpy's among them."""
-    return ThreadpoolController()
-
-
-def _forecast(
-    genotypes: Sequence[Genotype],
-    scores: Sequence[Sequence[float]],
-    costs: Sequence[Sequence[float] | None],
-    num_rungs: int,
-) -> Forecast:
     features = feature_matrix(genotypes)
     done = np.array([len(each) for each in scores])
     common = covariance(features)
@@ -125,7 +107,7 @@ def features(genotype: Genotype) -> Mapping[str, float]:
     How many operators of each kind and of each setting there are, and which comes first: what
     reads the embeddings matters more than any other place.
     """
-    operators = genotype.operators()
+    operators = genotype.operators
     found = {
         "depth": float(len(operators)),
         "blocks": float(len(genotype.pattern)),

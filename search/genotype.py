@@ -96,17 +96,14 @@ class Genotype:
         """The type of every block, first to last."""
         return tuple(self.blocks[index] for index in self.pattern)
 
+    @cached_property
     def operators(self) -> tuple[str, ...]:
         """All operators, first to last."""
-        return self._operators
-
-    @cached_property
-    def _operators(self) -> tuple[str, ...]:
         return tuple(op for block in self.sequence for op in block.operators(self.ffn))
 
     def phenotype(self) -> tuple[tuple[str, ...], int, int | None]:
         """Operators, meta tokens and width: equal for all genotypes of one architecture."""
-        return self.operators(), self.meta_tokens, self.width
+        return self.operators, self.meta_tokens, self.width
 
     def letters(self) -> str:
         """The pattern in letters: 'ABABAA'."""

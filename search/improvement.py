@@ -12,15 +12,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from search.forecast import Forecast, forecast
 from search.frontier import Point, hypervolume, non_dominated
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal
-from search.offspring import mutant, propose_child, propose_random
+from search.offspring import mutant, propose_child
 from search.space import SearchSpace
 
 # New candidates are chosen among those of so many draws that are new,
@@ -149,9 +151,7 @@ def new_choices(
             found.setdefault(choice.genotype, choice)
     if not found:
         # All around is known.
-        choice = propose_child(space, number, rng, history, rng.choice(parents)) or propose_random(
-            space, number, rng, history
-        )
+        choice = propose_child(space, number, rng, history, rng.choice(parents))
         return [] if choice is None else [choice]
     return list(found.values())
 
@@ -193,12 +193,20 @@ def _forecast(
     objectives: Sequence[Objective],
     num_rungs: int,
 ) -> Forecast:
-    return forecast(
-        [*(each.genotype for each in known), *(each.genotype for each in choices)],
-        [*(each.scores for each in known), *(() for _ in choices)],
-        [*(each.costs(objectives) for each in known), *(None for _ in choices)],
-        num_rungs,
-    )
+    # Of matrices so small, further threads only keep whoever trains or is timed from the cores.
+    with _libraries().limit(limits=1, user_api="blas"):
+        return forecast(
+            [*(each.genotype for each in known), *(each.genotype for each in choices)],
+            [*(each.scores for each in known), *(() for _ in choices)],
+            [*(each.costs(objectives) for each in known), *(None for _ in choices)],
+            num_rungs,
+        )
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Those with threads of their own, numpy's among them."""
+    return ThreadpoolController()
 
 
 def _points(ahead: Forecast) -> list[Point]:

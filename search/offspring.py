@@ -23,24 +23,20 @@ def propose_random(
 
 
 def propose_child(
-    space: SearchSpace,
-    number: int,
-    rng: random.Random,
-    known: History,
-    parent: Candidate,
-    num_mutations: int = 1,
+    space: SearchSpace, number: int, rng: random.Random, known: History, parent: Candidate
 ) -> Proposal | None:
-    """The parent after so many mutations, new; after more if need be."""
+    """The parent after a mutation, or as many as make it new; else a new draw from the space."""
     for attempt in range(PROPOSAL_ATTEMPTS):
-        num_further = attempt // ATTEMPTS_PER_STEP
-        child = mutant(space, number, rng, parent, num_mutations + num_further)
-        if child is None or child.genotype not in known:
+        child = mutant(space, number, rng, parent, 1 + attempt // ATTEMPTS_PER_STEP)
+        if child is None:
+            break
+        if child.genotype not in known:
             return child
-    return None
+    return propose_random(space, number, rng, known)
 
 
 def mutant(
-    space: SearchSpace, number: int, rng: random.Random, parent: Candidate, num_mutations: int = 1
+    space: SearchSpace, number: int, rng: random.Random, parent: Candidate, num_mutations: int
 ) -> Proposal | None:
     """The parent after so many mutations, new or not; None if nothing can change."""
     genotype, factors = parent.genotype, []

@@ -37,7 +37,7 @@ def candidate_row(record: Record, space: SearchSpace, target_ms: float, context:
         "parent": proposal.parent,
         "factor": proposal.factor,
         "genotype": proposal.genotype.to_json(),
-        "operators": list(proposal.genotype.operators()),
+        "operators": list(proposal.genotype.operators),
         "short": space.short_form(proposal.genotype),
         **dict.fromkeys(("width", "architecture", "digest", "parameters", "flops_per_token")),
         "depth": len(proposal.genotype.pattern),

@@ -152,7 +152,7 @@ class Encoding:
         """
         blocks, pattern = genotype.blocks, genotype.pattern
         values: dict[str, Any] = {
-            "num_operators": len(genotype.operators()),
+            "num_operators": len(genotype.operators),
             "ffn": genotype.ffn,
             "meta_tokens": genotype.meta_tokens,
             "width": genotype.width,

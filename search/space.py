@@ -175,7 +175,7 @@ class SpaceConfig:
             elif space.find_seed(name) is None:
                 found.append(f"seeds.{name}: is not in the space: {self._why_not(seed, space)}")
         if not found:
-            widths = space.common_widths(space.seed(reference.seed).operators())
+            widths = space.common_widths(space.seed(reference.seed).operators)
             if reference.width not in widths:
                 found.append(f"reference.width: must be one of {widths}, got {reference.width}")
         return found
@@ -255,7 +255,7 @@ class SearchSpace:
     def _allows(self, genotype: Genotype) -> bool:
         return (
             self.rules.allow(genotype)
-            and not self.structure.problems(genotype.operators())
+            and not self.structure.problems(genotype.operators)
             and bool(self.available_widths(genotype))
         )
 
@@ -304,7 +304,7 @@ class SearchSpace:
         return Architecture(
             width=width,
             vocab_size=vocab_size,
-            operators=tuple(parse_operator(text) for text in genotype.operators()),
+            operators=tuple(parse_operator(text) for text in genotype.operators),
             meta_tokens=genotype.meta_tokens,
             tie_embeddings=self.config.tie_embeddings,
             normalize_logits=self.config.normalize_logits,
@@ -312,7 +312,7 @@ class SearchSpace:
 
     def available_widths(self, genotype: Genotype) -> list[int]:
         """The widths at which the genotype is in the space, widest first."""
-        widths = self.common_widths(genotype.operators())
+        widths = self.common_widths(genotype.operators)
         return [width for width in widths if genotype.width in (None, width)]
 
     def common_widths(self, operators: tuple[str, ...]) -> list[int]:

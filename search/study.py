@@ -308,7 +308,7 @@ class Study:
 
     def _parameters(self, genotype: Genotype, rung: int) -> dict[str, int]:
         """What scores depend on, in numbers that Optuna's dashboard can plot: most on the rung."""
-        counts = Counter(genotype.operators())
+        counts = Counter(genotype.operators)
         parameters = {
             "rung": rung,
             "blocks": len(genotype.pattern),

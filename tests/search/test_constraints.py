@@ -66,7 +66,7 @@ def test_constraints_leave_exactly_what_meets_them(name, value):
     unconstrained = enumerable()
     for genotype in unconstrained.genotypes():
         architecture = unconstrained.realize(genotype, 32, vocab_size=64)
-        assert space.contains(architecture) == met_by_hand(genotype.operators())[name]
+        assert space.contains(architecture) == met_by_hand(genotype.operators)[name]
 
 
 @given(seeds)
@@ -77,7 +77,7 @@ def test_samples_mutations_and_crossovers_meet_the_constraints(rng):
     first, second = space.sample(rng), space.sample(rng)
     children = [space.mutate(first, rng).genotype, space.crossover(first, second, rng)]
     for genotype in (first, second, *filter(None, children)):
-        assert all(met_by_hand(genotype.operators()).values())
+        assert all(met_by_hand(genotype.operators).values())
 
 
 def test_a_name_stands_for_every_operator_of_it_and_a_spelling_for_one():
@@ -154,7 +154,7 @@ def test_sampling_gives_up_and_says_the_constraints():
         reference={"seed": "attention", "width": 16},
     )
     genotype = space.sample(random.Random(0))
-    assert genotype.operators() == (ATTENTION,) * 30
+    assert genotype.operators == (ATTENTION,) * 30
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("search.space.SAMPLE_ATTEMPTS", 3)
         with pytest.raises(ValueError, match=r"min_full_attention=30, banned=\[deltanet\]"):

@@ -92,7 +92,7 @@ def test_with_next_to_nothing_known_the_rest_is_as_uncertain_as_scores_differ(hy
 
 def test_what_a_genotype_is_made_of(hybrids):
     genotypes, _, _ = hybrids
-    genotype = next(g for g in genotypes if len(g.operators()) == 6)
+    genotype = next(g for g in genotypes if len(g.operators) == 6)
     found = features(genotype)
     assert found["depth"] == 6
     assert found["ffn"] == 3

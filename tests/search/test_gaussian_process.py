@@ -56,6 +56,7 @@ def test_what_adds_up_is_learned_from_a_few():
     means, variances = GaussianProcess(covariance(features), observed).predict(values)
     errors = np.abs(means - truth)[20:]
     assert np.sqrt(np.mean(errors**2)) < 0.15 * truth.std()
+    assert errors.max() < 0.4 * truth.std()
     assert np.mean(errors < 2 * np.sqrt(variances[20:])) > 0.8
 
 

@@ -60,7 +60,7 @@ def test_a_price_is_between_the_next_rung_and_the_last():
 
 def quality(genotype):
     """A score that a model may have, and its latency, from its operators."""
-    operators = genotype.operators()
+    operators = genotype.operators
     ffns = sum(text.startswith("ffn") for text in operators)
     return 4.0 - 0.15 * len(operators) - 0.1 * ffns, 1.0 + 1.1 * len(operators)
 
@@ -78,7 +78,7 @@ def answer(step, candidates, rng):
         loss = quality(before.genotype)[0]
     if rng.random() < 0.1:
         return replace(before, state="failed")
-    missing = 0.1 * (2 - rung) * len(before.genotype.operators())
+    missing = 0.1 * (2 - rung) * len(before.genotype.operators)
     score = loss + missing + rng.gauss(0, 0.005)
     return replace(before, scores=(*before.scores, score))
 

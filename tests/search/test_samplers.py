@@ -42,7 +42,7 @@ def shipped(name):
 
 def measured(number, genotype):
     """Invented, and smooth enough to be learned: what helps differs in what it costs."""
-    operators = genotype.operators()
+    operators = genotype.operators
     latency_ms = sum({ATTENTION: 1.0, DELTANET: 0.6}.get(operator, 0.45) for operator in operators)
     if latency_ms > TARGET_MS:
         return Candidate(number, genotype, "infeasible")
@@ -129,7 +129,7 @@ def test_blocks_follow_until_there_is_no_room():
     rest = (MAMBA2, WINDOW, FFN, FFN, MAMBA2)
     for num_operators, expected in [(6, first), (9, first + rest[:1]), (12, first + rest)]:
         genotype = encoding.decode(parameters | {"num_operators": num_operators})
-        assert genotype.operators() == expected
+        assert genotype.operators == expected
     assert encoding.decode(parameters | {"num_operators": 5}) is None
 
 

@@ -63,8 +63,8 @@ def test_canonical_keeps_the_operators_and_is_the_same_for_all_spellings(rng):
         ],
         FFN,
     )
-    assert spelling.operators() == genotype.operators()
-    assert SPACE.decompose(spelling.operators()) == genotype
+    assert spelling.operators == genotype.operators
+    assert SPACE.decompose(spelling.operators) == genotype
     assert SPACE.canonical(spelling) == genotype
 
 
@@ -269,7 +269,7 @@ def test_one_kind_of_ffn_per_model():
         genotype = FACTORS.decompose(operators, meta_tokens=4, width=32)
         assert genotype is not None
         assert genotype.ffn == operators[1]
-        assert genotype.operators() == operators
+        assert genotype.operators == operators
     assert FACTORS.decompose((ATTENTION, FFN, DELTANET, WIDE_FFN), 4, 32) is None
     # Without any FFN its kind makes no difference.
     bare = [
@@ -325,7 +325,7 @@ def test_an_operator_of_a_users_own_is_searched(monkeypatch):
     space = SearchSpace(space_config(mixers=[ATTENTION, DELTANET, "mix(ratio=1.0)"]))
     rng = random.Random(0)
     genotypes = [space.sample(rng) for _ in range(50)]
-    with_mix = [genotype for genotype in genotypes if "mix(ratio=1.0)" in genotype.operators()]
+    with_mix = [genotype for genotype in genotypes if "mix(ratio=1.0)" in genotype.operators]
     assert with_mix
     assert all(space.contains(space.realize(g, 32, vocab_size=64)) for g in with_mix)
     assert "mix" in space.short_form(with_mix[0])

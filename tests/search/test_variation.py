@@ -137,7 +137,7 @@ def test_every_factor_that_there_is_a_choice_of_is_drawn():
     hybrid = SPACE.seed("hybrid")
     assert {SPACE.mutate(hybrid, rng).factor for _ in range(100)} == factors
     assert set(SPACE.rules.factors) == factors
-    hybrid = replace(FACTORS.decompose(hybrid.operators(), width=32), meta_tokens=8)
+    hybrid = replace(FACTORS.decompose(hybrid.operators, width=32), meta_tokens=8)
     drawn = {FACTORS.mutate(hybrid, rng).factor for _ in range(200)}
     assert drawn == factors | MODEL_FACTORS
     assert set(ONE_MIXER.rules.factors) == {"ffns_per_mixer", "count", "order"}
@@ -166,7 +166,7 @@ def test_neighbours_are_those_that_differ_in_one_factor():
             replace(child, ffn=ffn): child
             for child in genotypes
             for ffn in (FFN, WIDE_FFN)
-            if replace(child, ffn=ffn).operators() == child.operators()
+            if replace(child, ffn=ffn).operators == child.operators
         }
         expected = {
             child
@@ -253,7 +253,7 @@ def test_crossover_is_the_beginning_of_one_and_the_end_of_the_other(rng):
         assert child.width in (first.width, second.width)
         # Up to the kind of FFN, of which a model has one.
         mixers, of_first, of_second = (
-            [FFN if operator == WIDE_FFN else operator for operator in genotype.operators()]
+            [FFN if operator == WIDE_FFN else operator for operator in genotype.operators]
             for genotype in (child, first, second)
         )
         assert any(
