@@ -42,13 +42,13 @@ class Layer(nn.Module):
         self.norm = nn.RMSNorm(width, eps=norm_eps)
         self.operator = OPERATORS[config.name](config, width)
 
-    def scan(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
         """From x [B, T, D]: x + operator(norm(x)), and the operator's memory."""
         y, memory = self.operator.scan(self.norm(x), sequence, start)
         return x + y, memory
 
-    def forward(self, x: Tensor, sequence: Sequence, state: State) -> Tensor:
-        """As `scan`, going on from `state` and updating it in place."""
+    def append(self, x: Tensor, sequence: Sequence, state: State) -> Tensor:
+        """As `forward`, going on from `state` and updating it in place."""
         return x + self.operator(self.norm(x), sequence, state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
@@ -143,8 +143,8 @@ class LanguageModel(nn.Module):
         meta, memory = self.meta_tokens.unsqueeze(0), None
         for layer in self.layers:
             if self.architecture.meta_tokens:
-                meta, memory = layer.scan(meta, Sequence(), None)
-            x, _ = layer.scan(x, sequence, memory)
+                meta, memory = layer(meta, Sequence(), None)
+            x, _ = layer(x, sequence, memory)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             memory = None
             if num_meta:
-                meta, memory = layer.scan(meta, Sequence(), None)
+                meta, memory = layer(meta, Sequence(), None)
             memories.append(memory)
         states = [
             layer.operator.init_state(batch_size, num_meta + max_tokens) for layer in self.layers
@@ -212,7 +212,7 @@ class LanguageModel(nn.Module):
         sequence = Sequence(None, lengths)
         x = self.embedding(tokens)
         for layer, operator_state in zip(self.layers, state.operators, strict=True):
-            x = layer(x, sequence, operator_state)
+            x = layer.append(x, sequence, operator_state)
         return self.norm(x)
 
     @torch.no_grad()
