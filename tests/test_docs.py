@@ -39,7 +39,7 @@ WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
 TINY = {
     "train.py": [
         *(*TEXT, "trainer=cpu_small", "trainer.max_steps=2", "trainer.validation_tokens=128"),
-        *("trainer.batch_size=2", "trainer.sequence_tokens=16"),
+        *("trainer.batch_tokens=32", "trainer.sequence_tokens=16"),
     ],
     "latency": [
         *(*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64", "memory_limit_gib=0.1"),

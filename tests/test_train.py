@@ -163,8 +163,8 @@ def test_nemotron_flash_is_trained_as_published() -> None:
     second = config_of("experiment=nemotron_flash_1b_long")
     for stage, context, tokens in ((first, 4096, 4.5e12), (second, 29_000, 25e9)):
         assert stage.trainer.sequence_tokens == context
-        assert stage.trainer.tokens_per_step == pytest.approx(2.1e6, rel=0.01)
-        assert stage.trainer.max_steps * stage.trainer.tokens_per_step == pytest.approx(
+        assert stage.trainer.batch_tokens == pytest.approx(2.1e6, rel=0.01)
+        assert stage.trainer.max_steps * stage.trainer.batch_tokens == pytest.approx(
             tokens, rel=0.01
         )
         assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adam", 0)
