@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,8 @@ class TrainerConfig:
     gradient_clip: largest norm of the gradient; None: no clipping.
     validation_tokens: tokens of the validation split to use; None: all.
     precision: auto computes in bfloat16 where the device does so fast; weights stay in float32.
+    samples, sample_tokens: how many texts the model goes on with at each validation, and by how
+        many tokens; 0: none.
     threads: CPU threads; None leaves torch's choice.
     """
 
@@ -72,6 +75,8 @@ class TrainerConfig:
     validation_tokens: Positive | None = None
     checkpoint_every_steps: Positive = 200
     log_every_steps: Positive = 10
+    samples: Positive = 2
+    sample_tokens: Annotated[int, Field(ge=0)] = 64
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Positive = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -87,10 +92,14 @@ class TrainerConfig:
 class LoggerConfig:
     """Where metrics go besides `metrics.csv`; the other fields are Weights & Biases' own."""
 
-    name: Literal["csv", "wandb"] = "csv"
+    name: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "slm-frontier"
     entity: str | None = None
     offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise ConfigError(["name: 'tensorboard' needs `pip install slm-frontier[tensorboard]`"])
 
 
 @schema

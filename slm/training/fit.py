@@ -3,6 +3,7 @@
 runs/<name>/
     checkpoints/last.ckpt   weights, optimizer, data position, metrics so far
     metrics.csv             one row per log step and per validation
+    samples.jsonl           what the model writes, at each validation
     result.json             written last: a run that has it is finished
     tokenizer.json
 """
@@ -24,6 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 
 from slm.config import ConfigError
 from slm.data import PackedCorpus, prepare
@@ -39,11 +41,12 @@ from slm.training.checkpoint import (
 )
 from slm.training.config import TrainConfig
 from slm.training.files import write_atomically
-from slm.training.metrics import Metrics, MetricsFile
+from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, open_loggers
+from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
+from slm.training.samples import SAMPLES_FILE, Samples
 
 RESULT_FILE = "result.json"
-METRICS_FILE = "metrics.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,9 +94,7 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
         torch.set_num_threads(config.trainer.threads)
     set_backend(config.backend)
     model = _build_model(config, corpus)
-    # From step 0 the file is begun anew: rows of a run that never saved are not this run's.
-    MetricsFile(run_dir / METRICS_FILE).rewind(resumed_step)
-    return _train(config, run_dir, corpus, model, checkpoint if resumed_step else None)
+    return _train(config, run_dir, corpus, model, resumed_step)
 
 
 def _train(
@@ -101,13 +102,19 @@ def _train(
     run_dir: Path,
     corpus: PackedCorpus,
     model: LanguageModel,
-    checkpoint: Path | None,
+    resumed_step: int,
 ) -> TrainResult:
-    """Train `model`, from `checkpoint` on if there is one, and write the result."""
+    """Train `model`, from the last checkpoint on if `resumed_step` is not 0; write the result."""
     settings = config.trainer
     budget = None if settings.max_seconds is None else timedelta(seconds=settings.max_seconds)
     timer = Timer(duration=budget, verbose=False)
-    metrics = Metrics(settings.log_every_steps, settings.tokens_per_step, timer)
+    metrics = Metrics(
+        settings.log_every_steps,
+        settings.tokens_per_step,
+        settings.sequence_tokens,
+        corpus.train,
+        timer,
+    )
     validation = Validation(
         corpus.validation,
         settings.sequence_tokens,
@@ -116,7 +123,17 @@ def _train(
         settings.validate_every_steps,
         metrics,
     )
+    samples = Samples(
+        run_dir / SAMPLES_FILE,
+        corpus,
+        settings.samples,
+        settings.sample_tokens,
+        validation,
+        metrics,
+    )
     checkpoints = Checkpoints(run_dir / LAST_CHECKPOINT, settings.checkpoint_every_steps, metrics)
+    # A checkpoint keeps what was found at its step.
+    callbacks = [timer, metrics, validation, samples, checkpoints]
 
     def time_used() -> float:
         return 0.0 if budget is None else timer.time_elapsed("train") / budget.total_seconds()
@@ -135,8 +152,9 @@ def _train(
         batch_size=settings.batch_size,
         seed=config.seed,
     )
-    with _quiet(), _loggers(config, run_dir) as loggers:
-        trainer = _trainer(config, [timer, metrics, validation, checkpoints], loggers)
+    with _quiet(), open_loggers(config, run_dir, resumed_step) as loggers:
+        trainer = _trainer(config, callbacks, loggers, metrics.loader_clock)
+        checkpoint = run_dir / LAST_CHECKPOINT if resumed_step else None
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -187,7 +205,9 @@ def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
     return model.train()
 
 
-def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
+def _trainer(
+    config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger], profiler: Profiler
+) -> Any:
     settings = config.trainer
     if config.device_type == "cuda":
         # TF32 for what is left in float32.
@@ -201,6 +221,7 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Log
         gradient_clip_val=settings.gradient_clip,
         callbacks=callbacks,
         logger=loggers,
+        profiler=profiler,
         # `Validation` and `Checkpoints` do these between two steps, `Metrics` shows the progress.
         limit_val_batches=0,
         log_every_n_steps=1,
@@ -208,32 +229,6 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Log
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-@contextmanager
-def _loggers(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
-    """The loggers, closed at the end: the next job of a sweep opens its own."""
-    file = MetricsFile(run_dir / METRICS_FILE)
-    if config.logger.name == "csv":
-        yield [file]
-        return
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    tracker = WandbLogger(
-        name=config.name,
-        save_dir=run_dir,
-        project=config.logger.project,
-        entity=config.logger.entity,
-        # Lightning's own `offline` sets a variable that a session already begun does not read, and
-        # that the next job of a sweep would inherit.
-        mode="offline" if config.logger.offline else None,
-        config=config.identity(),
-    )
-    try:
-        yield [file, tracker]
-    finally:
-        wandb.finish()
 
 
 def _finished(config: TrainConfig, result_file: Path) -> TrainResult | None:
@@ -275,8 +270,9 @@ def _refuse_other_run(config: TrainConfig, there: dict[str, Any], run_dir: Path)
 
 def _forget(run_dir: Path) -> None:
     """Remove what a run has written; its result first, so that no half of it looks finished."""
-    for name in (RESULT_FILE, LAST_CHECKPOINT, METRICS_FILE):
+    for name in (RESULT_FILE, LAST_CHECKPOINT, METRICS_FILE, SAMPLES_FILE):
         (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
 
 
 @contextmanager

@@ -67,5 +67,5 @@ def peak_flops(device_name: str, *, bfloat16: bool) -> float | None:
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak: float | None) -> float | None:
-    """Share of `peak` FLOP/s, of all devices that `tokens_per_s` is of; None where it is unknown."""
+    """Share of `peak`, the FLOP/s of all devices together; None where that is unknown."""
     return None if peak is None else flops_per_token * tokens_per_s / peak

@@ -19,8 +19,8 @@ from slm.training.fit import TrainResult, fit
 from slm.training.module import TrainingModule
 
 ConfigMaker = Callable[..., TrainConfig]
-# Time is not reproducible.
-TIMES = ("seconds", "tokens_per_s")
+# Time and memory are not reproducible.
+TIMES = ("seconds", "tokens_per_s", "data_share", "memory_bytes")
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -92,6 +92,7 @@ def test_what_a_run_leaves(run: Path, make_config: ConfigMaker) -> None:
         "checkpoints",
         "metrics.csv",
         "result.json",
+        "samples.jsonl",
         "tokenizer.json",
     }
 
