@@ -11,6 +11,7 @@ import pytest
 from torch import Tensor
 
 from slm.architecture import Architecture
+from slm.config import ConfigError
 from slm.data import prepare
 from slm.data.dataset import PackedDataset
 from slm.model import LanguageModel
@@ -135,9 +136,9 @@ def test_the_time_that_data_takes_is_seen(
     for row in rows_of(tmp_path):
         if row["loss"]:
             # Two rows and a step per batch, and what the machine adds to either.
-            assert 0.35 < float(row["data_share"]) < 0.55
-            # 4 batches, each at least 160 ms; with the validation it would be twice as long.
-            assert 0.7 * 192 / 0.64 < float(row["tokens_per_s"]) < 192 / 0.64
+            assert 0.2 < float(row["data_share"]) < 0.55
+            # 4 batches, each at least 160 ms; with the validations it would be twice as long.
+            assert 0.5 * 192 / 0.64 < float(row["tokens_per_s"]) < 192 / 0.64
 
 
 def test_mfu_where_the_peak_is_known(
@@ -206,6 +207,15 @@ def test_a_file_goes_on_where_the_run_does(tmp_path: Path) -> None:
     # From the start nothing is left, old columns included.
     again.begin(0, ["step", "loss"])
     assert file.path.read_text().splitlines() == ["step,loss"]
+
+
+def test_tensorboard_has_to_be_installed(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.training.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"logger\.name: 'tensorboard' needs `pip install"):
+        make_config(logger={"name": "tensorboard"})
+    assert make_config().logger.name == "csv"
 
 
 def test_tensorboard(
