@@ -63,8 +63,9 @@ class Samples(Callback):
         self.step = self.validation.step
         if not trainer.is_global_zero or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
+        # A file knows lines as they were written; `splitlines` ends them at rarer characters, too.
+        with self.path.open(encoding="utf-8") as file:
+            kept = [line for line in file if json.loads(line)["step"] <= trainer.global_step]
         write_atomically(self.path, "".join(kept))
 
     def on_train_batch_end(
@@ -94,10 +95,9 @@ class Samples(Callback):
             if model is None or not trainer.is_global_zero:
                 return
             rows = self.texts(model)
+        lines = [json.dumps({"step": self.step, **row}, ensure_ascii=False) for row in rows]
         with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                line = json.dumps({"step": self.step, **row}, ensure_ascii=False)
-                file.write(f"{line}\n")
+            file.write("".join(f"{line}\n" for line in lines))
         shown = f"step {self.step}: {rows[0]['prompt']!r} → {rows[0]['text']!r}"
         if len(shown) > SHOWN_CHARACTERS:
             shown = f"{shown[: SHOWN_CHARACTERS - 1]}…"

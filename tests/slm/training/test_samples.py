@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def samples_of(corpus: PackedCorpus, num_texts: int, num_tokens: int) -> Samples
 
 
 def written(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    with (run_dir / "samples.jsonl").open() as file:
+        return [json.loads(line) for line in file]
 
 
 def test_prompts_are_beginnings_of_held_out_documents(corpus: PackedCorpus) -> None:
@@ -130,6 +132,18 @@ def test_a_resumed_run_writes_what_the_uninterrupted_one_does(
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
     fit(make_config(resume="never"), tmp_path / "stopped")
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_texts_may_hold_any_character(corpus: PackedCorpus, tmp_path: Path) -> None:
+    """A model that has learnt nothing writes what other programs take for ends of lines."""
+    rows = [{"step": step, "prompt": "a\n", "text": "\u2028\x85\x0b\r\n"} for step in (3, 6)]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    validation: Any = SimpleNamespace(step=3)
+    trainer: Any = SimpleNamespace(global_step=4, is_global_zero=True)
+    metrics: Any = None
+    Samples(path, corpus, 2, 4, validation, metrics).on_train_start(trainer, trainer)
+    assert written(tmp_path) == rows[:1]
 
 
 def test_a_model_that_has_diverged_is_not_asked(
