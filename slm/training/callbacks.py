@@ -86,11 +86,9 @@ class Validation(Callback):
             )
         values = {"validation_loss": self.loss, "bits_per_byte": self.bits_per_byte}
         self.metrics.record(trainer, values)
-        self.metrics.show(
-            trainer,
+        self.metrics.progress.say(
             f"step {self.step}: validation loss {self.loss:.4f}, "
-            f"{self.bits_per_byte:.4f} bits per byte",
-            keep=True,
+            f"{self.bits_per_byte:.4f} bits per byte"
         )
 
 

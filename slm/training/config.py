@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,6 +91,8 @@ class TrainerConfig:
     activation_checkpointing: keep only what is between layers for the backward pass and compute
         the rest anew, for memory.
     loader_workers: processes that read batches; 0: the training process itself.
+    samples, sample_tokens: how many texts the model goes on with at each validation, and by how
+        many tokens; 0: none.
     threads: CPU threads; None leaves torch's choice.
     """
 
@@ -103,6 +106,8 @@ class TrainerConfig:
     validation_tokens: Positive | None = None
     checkpoint_every_steps: Positive = 200
     log_every_steps: Positive = 10
+    samples: Positive = 2
+    sample_tokens: Annotated[int, Field(ge=0)] = 64
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Positive = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -150,10 +155,14 @@ class TrainerConfig:
 class LoggerConfig:
     """Where metrics go besides `metrics.csv`; the other fields are Weights & Biases' own."""
 
-    name: Literal["csv", "wandb"] = "csv"
+    name: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "slm-frontier"
     entity: str | None = None
     offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise ConfigError(["name: 'tensorboard' needs `pip install slm-frontier[tensorboard]`"])
 
 
 @schema

@@ -3,6 +3,7 @@
 runs/<name>/
     checkpoints/last.ckpt   weights, optimizer, data position; previous.ckpt is the one before
     metrics.csv             one row per log step and per validation
+    samples.jsonl           what the model writes, at each validation
     result.json             written last: a run that has it is finished
     tokenizer.json
 """
@@ -24,6 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_only
 
 from slm.config import ConfigError
@@ -40,11 +42,12 @@ from slm.training.checkpoint import (
 )
 from slm.training.config import TrainConfig, TrainerConfig
 from slm.training.files import write_atomically
-from slm.training.metrics import Metrics, MetricsFile
+from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, open_loggers
+from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
+from slm.training.samples import SAMPLES_FILE, Samples
 
 RESULT_FILE = "result.json"
-METRICS_FILE = "metrics.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +101,7 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
         if checkpoint is not None:
             kept_checkpoints.set_aside(folder, checkpoint)
         shutil.copyfile(corpus.tokenizer_path, run_dir / TOKENIZER_FILE)
-        # From step 0 the file is begun anew: rows of a run that never saved are not this run's.
-        MetricsFile(run_dir / METRICS_FILE).rewind(resumed_step)
-    return _train(config, run_dir, corpus, model, checkpoint)
+    return _train(config, run_dir, corpus, model, checkpoint, resumed_step)
 
 
 def _train(
@@ -109,12 +110,19 @@ def _train(
     corpus: PackedCorpus,
     model: LanguageModel,
     checkpoint: Path | None,
+    resumed_step: int,
 ) -> TrainResult:
     """Train `model`, from `checkpoint` on if there is one, and write the result."""
     settings = config.trainer
     budget = None if settings.max_seconds is None else timedelta(seconds=settings.max_seconds)
     timer = Timer(duration=budget, verbose=False)
-    metrics = Metrics(settings.log_every_steps, settings.batch_tokens, timer)
+    metrics = Metrics(
+        settings.log_every_steps,
+        settings.batch_tokens,
+        settings.sequence_tokens,
+        corpus.train,
+        timer,
+    )
     validation = Validation(
         corpus.validation,
         settings.sequence_tokens,
@@ -123,9 +131,19 @@ def _train(
         settings.validate_every_steps,
         metrics,
     )
+    samples = Samples(
+        run_dir / SAMPLES_FILE,
+        corpus,
+        settings.samples,
+        settings.sample_tokens,
+        validation,
+        metrics,
+    )
     checkpoints = Checkpoints(
         run_dir / LAST_CHECKPOINT.parent, settings.checkpoint_every_steps, metrics
     )
+    # A checkpoint keeps what was found at its step.
+    callbacks = [timer, metrics, validation, samples, checkpoints]
 
     def time_used() -> float:
         return 0.0 if budget is None else timer.time_elapsed("train") / budget.total_seconds()
@@ -138,8 +156,8 @@ def _train(
         seed=config.seed,
         num_workers=settings.loader_workers,
     )
-    with _quiet(), _loggers(config, run_dir) as loggers:
-        trainer = _trainer(config, [timer, metrics, validation, checkpoints], loggers)
+    with _quiet(), open_loggers(config, run_dir, resumed_step) as loggers:
+        trainer = _trainer(config, callbacks, loggers, metrics.loader_clock)
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -190,7 +208,9 @@ def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
     return model.train()
 
 
-def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
+def _trainer(
+    config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger], profiler: Profiler
+) -> Any:
     settings = config.trainer
     if config.device_type == "cuda":
         # TF32 for what is left in float32.
@@ -204,6 +224,7 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Log
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
         logger=loggers,
+        profiler=profiler,
         # `Validation` and `Checkpoints` do these between two steps, `Metrics` shows the progress.
         limit_val_batches=0,
         log_every_n_steps=1,
@@ -222,32 +243,6 @@ def _strategy(settings: TrainerConfig) -> Any:
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(data_parallel_size=settings.devices, tensor_parallel_size=1)
-
-
-@contextmanager
-def _loggers(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
-    """The loggers, closed at the end: the next job of a sweep opens its own."""
-    file = MetricsFile(run_dir / METRICS_FILE)
-    if config.logger.name == "csv":
-        yield [file]
-        return
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    tracker = WandbLogger(
-        name=config.name,
-        save_dir=run_dir,
-        project=config.logger.project,
-        entity=config.logger.entity,
-        # Lightning's own `offline` sets a variable that a session already begun does not read, and
-        # that the next job of a sweep would inherit.
-        mode="offline" if config.logger.offline else None,
-        config=config.identity(),
-    )
-    try:
-        yield [file, tracker]
-    finally:
-        wandb.finish()
 
 
 def _finished(config: TrainConfig, result_file: Path) -> TrainResult | None:
@@ -292,7 +287,9 @@ def _forget(run_dir: Path) -> None:
     """Remove what a run has written; its result first, so that no half of it looks finished."""
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
     kept_checkpoints.forget(run_dir / LAST_CHECKPOINT.parent)
-    (run_dir / METRICS_FILE).unlink(missing_ok=True)
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
 
 
 @contextmanager

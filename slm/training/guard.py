@@ -13,14 +13,13 @@ from torch.optim import Optimizer
 @torch.no_grad()
 def clip_and_guard(
     optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Clip the gradients, and have the optimizer leave its next step out if they are not finite.
 
     The host does not wait for the device: fused optimizers read `found_inf`, as when a gradient
     scaler sets it, and then change neither weights nor moments.
 
-    Returns the norm of all gradients before clipping, and whether it is finite; on the device, the
-    same on all ranks.
+    Returns whether they are, on the device; the same on all ranks.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -31,4 +30,4 @@ def clip_and_guard(
     is_finite = norm.isfinite()
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-    return norm, is_finite
+    return is_finite

@@ -27,11 +27,9 @@ class TrainingModule(L.LightningModule):
     identity is stored in checkpoints, to tell whether a run may go on from one.
     The model is held as `model`, so that a checkpoint's weights are named `model.*`.
 
-    gradient_norm: of the last optimizer step's gradients before clipping. skipped_steps: how many
-    steps were left out since gradients were not finite. Both are on the device.
+    skipped_steps: how many steps were left out since gradients were not finite, on the device.
     """
 
-    gradient_norm: Tensor
     skipped_steps: Tensor
 
     def __init__(
@@ -48,8 +46,7 @@ class TrainingModule(L.LightningModule):
         self.optimizer_config = optimizer_config
         self.time_used = time_used
         self.identity = identity or {}
-        for name in ("gradient_norm", "skipped_steps"):
-            self.register_buffer(name, torch.zeros(()), persistent=False)
+        self.register_buffer("skipped_steps", torch.zeros(()), persistent=False)
         self._is_wrapped = False
 
     def configure_model(self) -> None:
@@ -78,7 +75,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Between the backward pass and each optimizer step; see `clip_and_guard`."""
-        self.gradient_norm, is_finite = clip_and_guard(
+        is_finite = clip_and_guard(
             optimizer, list(self.model.parameters()), self.trainer_config.gradient_clip
         )
         self.skipped_steps += ~is_finite

@@ -48,6 +48,7 @@ TRAINER = {
     "validation_tokens": 240,
     "checkpoint_every_steps": 4,
     "log_every_steps": 1,
+    "sample_tokens": 4,
     "accelerator": "cpu",
     "precision": "float32",
 }

@@ -23,8 +23,8 @@ from slm.training.module import TrainingModule
 from slm.training.signals import STOPPING
 
 ConfigMaker = Callable[..., TrainConfig]
-# Time is not reproducible.
-TIMES = ("seconds", "tokens_per_s")
+# Time and memory are not reproducible.
+TIMES = ("seconds", "tokens_per_s", "data_share", "memory_bytes")
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -96,6 +96,7 @@ def test_what_a_run_leaves(run: Path, make_config: ConfigMaker) -> None:
         "checkpoints",
         "metrics.csv",
         "result.json",
+        "samples.jsonl",
         "tokenizer.json",
     }
 
@@ -353,6 +354,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
         fit(make_config(), tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_one_step_that_is_not_finite_is_left_out(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingModule.training_step
+
+    def training_step(self: TrainingModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = original(self, batch, batch_idx)
+        return loss * float("nan") if batch_idx == 5 else loss
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    result = fit(make_config(trainer={"log_every_steps": 2}), tmp_path)
+    assert result.steps == 8
+    # Batches 4 and 5 are those of step 2.
+    skipped = [float(row["skipped_steps"]) for row in rows(tmp_path) if row["skipped_steps"]]
+    assert skipped == [0, 1, 1, 1]
+    assert all(torch.isfinite(weight).all() for weight in saved(tmp_path)["state_dict"].values())
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
 
 
 def test_weights_and_biases_offline(

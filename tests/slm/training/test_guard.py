@@ -22,10 +22,8 @@ def test_clips_as_torch_does(max_norm: float | None) -> None:
     set_gradients(ours)
     set_gradients(theirs)
     optimizer, _ = build_optimizer(ours, OptimizerConfig(), max_steps=2, tokens_per_step=1)
-    norm, is_finite = clip_and_guard(optimizer, list(ours.parameters()), max_norm)
-    expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf"))
-    assert is_finite
-    assert torch.equal(norm, expected)
+    assert clip_and_guard(optimizer, list(ours.parameters()), max_norm)
+    nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf"))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
@@ -46,7 +44,7 @@ def test_a_step_that_is_not_finite_is_left_out(name: str, value: float) -> None:
                 continue
             if seed == 2:
                 model.get_parameter("embedding.weight").grad[3, 1] = value  # type: ignore[index]
-            _, is_finite = clip_and_guard(optimizer, list(each.parameters()), 1.0)
+            is_finite = clip_and_guard(optimizer, list(each.parameters()), 1.0)
             assert bool(is_finite) == (seed != 2)
             optimizer.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
