@@ -64,9 +64,9 @@ def evaluate_loss(
             batch = [dataset[row] for row in rows[begin : begin + batch_size]]
             tokens = torch.stack([row["tokens"] for row in batch]).to(device)  # [B, T + 1]
             documents = torch.stack([row["documents"] for row in batch]).to(device)  # [B, T]
-            logits = model(tokens[:, :-1], documents)  # [B, T, V]
-            total += _cross_entropy(logits, tokens[:, 1:]).sum(dtype=torch.float64)
-    return total.item() / (num_rows * sequence_tokens)
+            # Of the batch: a mean over its tokens.
+            total += len(batch) * model(tokens[:, :-1], documents, targets=tokens[:, 1:])
+    return total.item() / num_rows
 
 
 def bits_per_byte(loss: float, split: PackedSplit) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.architecture import Architecture
+from slm.kernels.cross_entropy import linear_cross_entropy
 from slm.kernels.documents import Documents
 from slm.operators import OPERATORS, OperatorConfig, Sequence, State
 
@@ -124,20 +125,30 @@ class LanguageModel(nn.Module):
             layer.operator.reset_parameters()
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        lengths: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in fp32 of tokens [B, T].
+        """Logits [B, T, V] in fp32 of tokens [B, T]; with targets, their mean cross-entropy.
 
         documents: [B, T] int64, changes where a new document begins; None: one per row.
         lengths: [B] int64, real tokens of each row; what follows them is padding.
+        targets: [B, T] int64; the loss is in nats, and logits are never whole in memory.
         """
-        return self.logits(self.hidden(tokens, documents, lengths))
+        hidden = self.hidden(tokens, documents, lengths)
+        if targets is None:
+            return self.logits(hidden)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, self.row_norms(), targets.flatten()
+        )
 
     def hidden(
         self, tokens: Tensor, documents: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """The residual stream [B, T, D] after the last norm."""
-        packed = None if documents is None else Documents.from_ids(documents)
+        packed = None if documents is None else Documents.in_rows(documents)
         sequence = Sequence(packed, lengths)
         x = self.embedding(tokens)
         meta, memory = self.meta_tokens.unsqueeze(0), None

@@ -56,11 +56,21 @@ class Chunks:
             self.fresh = document != before
             self.last = document == document[..., -1:, :]
 
+    def pad(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, C L, ...], padded with zeros."""
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.padding)) if self.padding else x
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B, C L, ...] -> a view [C, B, L, ...]; chunks first, to loop over."""
+        return x.unflatten(1, (self.num_chunks, self.chunk_size)).transpose(0, 1)
+
     def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] -> [C, B, H, L, D], padded with zeros; chunks first, to loop over."""
-        x = F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x
-        x = x.unflatten(1, (self.num_chunks, self.chunk_size))
-        return x.permute(1, 0, 3, 2, 4).contiguous()
+        """[B, T, H, D] -> [C, B, H, L, D], padded with zeros."""
+        return self.cut(self.pad(x)).transpose(2, 3).contiguous()
+
+    def visible_in(self, c: int) -> Tensor:
+        """`visible` of chunk c, [B|1, 1, L, L]."""
+        return self.visible[c if len(self.visible) > 1 else 0]
 
     def join(self, x: Tensor) -> Tensor:
         """[C, B, H, L, D] -> [B, T, H, D]."""

@@ -44,8 +44,8 @@ class _GatedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, a: Tensor, visible: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         """See `gated_products`."""
-        between = _between(a, visible)
-        products = tuple((x @ y.mT) * between for x in xs)
+        decay = between(a, visible)
+        products = tuple((x @ y.mT) * decay for x in xs)
         ctx.save_for_backward(y, a, visible, *xs, *products)
         return products
 
@@ -55,20 +55,20 @@ class _GatedProducts(torch.autograd.Function):
         """Of y, a, and every x."""
         y, a, visible, *saved = ctx.saved_tensors
         xs, products = saved[: len(gradients)], saved[len(gradients) :]
-        between = _between(a, visible)
+        decay = between(a, visible)
         da, dy, dxs = torch.zeros_like(a), torch.zeros_like(y), []
         for x, product, gradient in zip(xs, products, gradients, strict=True):
             weighted = gradient * product
             da += weighted.sum(-1, keepdim=True)
             da -= weighted.sum(-2).unsqueeze(-1)
-            bare = torch.mul(gradient, between, out=weighted)
+            bare = torch.mul(gradient, decay, out=weighted)
             bare = bare.sum_to_size(*x.shape[:-1], y.shape[-2])
             dxs.append(bare @ y)
             dy += bare.mT @ x
         return dy, da, None, *dxs
 
 
-def _between(a: Tensor, visible: Tensor) -> Tensor:
+def between(a: Tensor, visible: Tensor) -> Tensor:
     """exp(a_i − a_j) [..., L, L], zero where j is not visible to i."""
     return (a - a.mT).masked_fill_(~visible, -torch.inf).exp_()
 
@@ -130,8 +130,8 @@ def _early(x: Tensor, half: int) -> Tensor:
 def _decays(a: Tensor, b: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """exp(a − m) of the second halves and exp(m − b) of the first, m being b between them."""
     early = _early(b, half)
-    between = early[..., -1:, :, :]
-    return (_late(a, half) - between).exp_(), (between - early).exp_()
+    middle = early[..., -1:, :, :]
+    return (_late(a, half) - middle).exp_(), (middle - early).exp_()
 
 
 def _corner(products: Tensor, half: int) -> Tensor:

@@ -28,6 +28,12 @@ class Documents:
         """From ids [B, T] that change where a new document begins, whatever they change to."""
         return cls(F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True))
 
+    @classmethod
+    def in_rows(cls, ids: Tensor) -> Documents | None:
+        """As `from_ids`; None if every row is one document. Waits for the device."""
+        is_one = bool((ids == ids[:, :1]).all())
+        return None if is_one else cls.from_ids(ids)
+
     @cached_property
     def numbers(self) -> Tensor:
         """[B, T] int64: which document of its row each token is of."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from slm.model import LanguageModel
@@ -16,5 +15,4 @@ def next_token_loss(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
     first token of the next, which ends the text: no target is masked.
     """
     tokens = batch["tokens"]
-    logits = model(tokens[:, :-1], batch["documents"])  # [B, T, V]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return model(tokens[:, :-1], batch["documents"], targets=tokens[:, 1:])

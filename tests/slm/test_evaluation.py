@@ -34,16 +34,19 @@ SENTENCES = ["The cat sat on the mat.", "Mat the on sat cat the.", "It rains.", 
 
 
 class Bigram(nn.Module):
-    """Logits that depend on the last token alone."""
+    """Logits that depend on the last token alone; with targets, the loss."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(logits)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         assert not self.training
         assert not torch.is_grad_enabled()
-        return self.table[tokens]
+        logits = self.table[tokens]
+        return logits if targets is None else F.cross_entropy(logits.mT, targets)
 
 
 @pytest.fixture(scope="module")
