@@ -22,7 +22,7 @@ from slm.training.fit import fit
 
 SMALL = [
     *("model.depth=1", "model.width=64", "trainer=cpu_small", "trainer.max_steps=2"),
-    *("trainer.batch_size=2", "trainer.sequence_tokens=32", "trainer.validation_tokens=64"),
+    *("trainer.batch_tokens=64", "trainer.sequence_tokens=32", "trainer.validation_tokens=64"),
     *("tokenizer.vocab_size=300", "data.validation_fraction=0.2"),
 ]
 
