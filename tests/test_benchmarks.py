@@ -62,6 +62,13 @@ def test_trainer_overhead(root: Path) -> None:
     assert results["overhead_share"] == results["trainer_ms"] / results["bare_ms"] - 1
 
 
+def test_data(root: Path) -> None:
+    """Of so little text that its figures say nothing."""
+    results = run(root, "data", "--megabytes", "1", "--steps", "2")
+    assert results["tokenize_mb_per_s"] > 0
+    assert 0 < results["loader_share"] < 1
+
+
 def test_warm_start(root: Path, tmp_path: Path) -> None:
     """So few steps that loss falls in all of them, whatever was learnt before."""
     arguments = ("--pairs", "4", "--steps", "16", "--processes", "1")

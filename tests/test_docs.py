@@ -22,6 +22,7 @@ from search.config import read_config
 from search.storage import StorageConfig
 from slm.architecture import Architecture
 from slm.config import compose, read
+from slm.data import DataConfig
 from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
@@ -45,6 +46,7 @@ TINY = {
         *(*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64", "memory_limit_gib=0.1"),
     ],
     "latency.show": [],
+    "slm.data": ["data.cache_dir=cache", "tokenizer.vocab_size=300"],
     "search": [
         *(*TEXT, *PROTOCOL, *WORKLOAD, "target_ms=1e6", "num_candidates=3", "accuracy_items=5"),
         *("audit.candidates=0", "evolution.initial_candidates=3", "evolution.population_size=3"),
@@ -268,6 +270,39 @@ def test_other_searches_of_the_page_can_be_composed(
                 with open_dict(config):
                     del config["hydra"]
                 assert read_config(config).name == config.name
+
+
+def test_a_corpus_is_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "text.txt", tmp_path / "mine.txt")
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = root / "docs" / "data.md"
+    (_, trained), (_, made), (_, verified), (_, mixed) = run_page(root, page, tmp_path)
+    assert "validation loss" in trained
+    summary = made.splitlines()[-3:]
+    assert re.match(r"cache/text-\w+: vocabulary 300$", summary[0])
+    assert re.match(r"train: \d+ documents, [\d.]+ MB, [\d,]+ tokens in 1 shards$", summary[1])
+    # It was there.
+    assert verified.splitlines() == summary
+    assert "cache/mixture-" in mixed
+    corpus = tmp_path / summary[0].partition(":")[0]
+    table = page.read_text().partition("| in `cache/<source>-<digest>/` | |")[2].partition("##")[0]
+    named = re.findall(r"`([\w.-]+\.\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, flags=re.M)))
+    files = {path.name for path in corpus.iterdir()}
+    assert set(named) <= files
+    assert files <= {*named, *(name.replace("train", "validation") for name in named)}
+
+
+def test_corpora_of_the_hub_can_be_composed(root: Path) -> None:
+    (block,) = page_blocks(root / "docs" / "data.md", "bash")
+    for line in block.splitlines():
+        python, _, module, *overrides = shlex.split(line)
+        assert (python, module) == ("python", "slm.data")
+        data = read(DataConfig, compose("prepare", overrides)[0].data, "data")
+        assert data.max_bytes == int(overrides[-1].partition("=")[2])
+        assert {data.source, *(part.source for part in data.components.values())} <= {
+            "hub",
+            "mixture",
+        }
 
 
 def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:

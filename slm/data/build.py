@@ -11,19 +11,18 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tokenizers import Tokenizer
 
 from slm.config import ConfigError
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.data.corpus import Source, open_source
-from slm.data.journal import HashedFile, Journal, Record
+from slm.data.encoding import Encoder, EncodingTask, encode_all
+from slm.data.journal import Journal, Record, remove_unfinished
 from slm.data.packing import (
     METADATA,
     SPLITS,
@@ -32,11 +31,9 @@ from slm.data.packing import (
     PackedCorpus,
     read_metadata,
     starts_file,
-    tokens_file,
 )
 from slm.data.spool import (
     Spool,
-    TextShard,
     is_held_out,
     is_text_step,
     is_worth_keeping,
@@ -45,7 +42,6 @@ from slm.data.spool import (
 from slm.data.tokenizer import (
     build_tokenizer,
     end_of_text_id,
-    load_tokenizer,
     tokenizer_identity,
     vocabulary_size,
 )
@@ -56,10 +52,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 # Bytes that a tokenizer is trained on.
 TOKENIZER_TRAINING_BYTES = 256 * 2**20
-# Shards in work at a time. The tokenizer has threads of its own for all cores; a second shard keeps
-# them busy while the ids of the first are taken over and written, which holds Python's lock.
-NUM_THREADS = 2
-
 Progress = Callable[[str], None]
 
 
@@ -131,6 +123,7 @@ def _begin(folder: Path, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         os.rename(folder, partial)
     partial.mkdir(exist_ok=True)
+    remove_unfinished(partial)
     journal = Journal(partial)
     if journal.records:
         return
@@ -172,7 +165,7 @@ def _build(
     if not steps or None in steps or tokenizer_record is None:
         spool, held_out = _read(journal, source, data, progress)
         _learn(journal, spool, held_out, config, progress)
-        _encode_all(journal, spool, held_out, progress)
+        _encode(journal, spool, held_out, progress)
     shards = [journal.records[_step(n)] for n in range(journal.records["text"]["num_shards"])]
     facts = journal.records["tokenizer"]
     counts: dict[str, Any] = {
@@ -242,77 +235,19 @@ def _learn(
         journal.forget([_step(number) for number in range(len(spool.shards))])
 
 
-def _encode_all(
-    journal: Journal, spool: Spool, held_out: list[np.ndarray], progress: Progress
-) -> None:
+def _encode(journal: Journal, spool: Spool, held_out: list[np.ndarray], progress: Progress) -> None:
     """Encode the shards of text that are not encoded yet."""
-    tokenizer = load_tokenizer(journal.folder / TOKENIZER)
-    dtype = journal.records["tokenizer"]["token_dtype"]
     missing = [n for n in range(len(spool.shards)) if journal.done(_step(n)) is None]
     num_documents = sum(len(spool.shards[number].index) for number in missing)
     progress(f"packing {num_documents} documents")
     # Their index follows from the shards.
     journal.forget([f"index-{split}" for split in SPLITS])
-
-    def encode(number: int) -> None:
-        _encode(journal, number, spool.shards[number], held_out[number], tokenizer, dtype)
-
-    pool = ThreadPoolExecutor(NUM_THREADS)
-    try:
-        num_there = len(spool.shards) - len(missing)
-        for done, _ in enumerate(pool.map(encode, missing), start=num_there + 1):
-            progress(f"packed {done} of {len(spool.shards)} shards")
-    finally:
-        # After an error, or Ctrl-C, only what is in work is finished.
-        pool.shutdown(cancel_futures=True)
-
-
-def _encode(
-    journal: Journal,
-    number: int,
-    shard: TextShard,
-    held_out: np.ndarray,
-    tokenizer: Tokenizer,
-    dtype: str,
-) -> None:
-    """Encode the documents of one shard of text into one shard of each split."""
-    names = [file for split in SPLITS for file in _shard_files(split, number)]
-    with journal.step(_step(number), *names) as (files, record):
-        train, validation = _SplitWriter(*files[:2]), _SplitWriter(*files[2:])
-        for places, texts in shard.batches():
-            encodings = tokenizer.encode_batch_fast(texts)
-            sizes = shard.index[places, 0].tolist()
-            rows = zip(encodings, sizes, held_out[places].tolist(), strict=True)
-            for encoding, num_bytes, is_validation in rows:
-                split = validation if is_validation else train
-                split.add(np.array(encoding.ids, dtype), num_bytes)
-        record |= {"train": train.finish(), "validation": validation.finish()}
-
-
-class _SplitWriter:
-    """Appends documents to a shard of a split: token ids to one file, indices to another."""
-
-    def __init__(self, tokens: HashedFile, starts: HashedFile) -> None:
-        self._tokens = tokens
-        self._starts_file = starts
-        self._starts: list[int] = []
-        self._num_tokens = self._num_bytes = 0
-
-    def add(self, document: np.ndarray, num_bytes: int) -> None:
-        """Append the ids of a document of so many bytes of text."""
-        self._starts.append(self._num_tokens)
-        self._tokens.write(document)
-        self._num_tokens += len(document)
-        self._num_bytes += num_bytes
-
-    def finish(self) -> dict[str, int]:
-        """Write the indices; return the counts."""
-        self._starts_file.write(np.array(self._starts, np.int64))
-        return {
-            "num_tokens": self._num_tokens,
-            "num_documents": len(self._starts),
-            "num_bytes": self._num_bytes,
-        }
+    tasks = [EncodingTask(number, spool.shards[number], held_out[number]) for number in missing]
+    encoder = Encoder(journal.folder, journal.records["tokenizer"]["token_dtype"])
+    num_there = len(spool.shards) - len(missing)
+    for done, (number, record) in enumerate(encode_all(encoder, tasks), start=num_there + 1):
+        journal.add(_step(number), record)
+        progress(f"packed {done} of {len(spool.shards)} shards")
 
 
 def _write_index(journal: Journal, split: str, shards: list[Record]) -> None:
@@ -327,10 +262,6 @@ def _write_index(journal: Journal, split: str, shards: list[Record]) -> None:
 
 def _step(number: int) -> str:
     return f"shard-{number:05d}"
-
-
-def _shard_files(split: str, number: int) -> tuple[str, str]:
-    return tokens_file(split, number), starts_file(split, number)
 
 
 def _up_to(documents: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -9,9 +9,8 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,18 +44,37 @@ class HashedFile:
         return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
 
 
-class Journal:
-    """The steps done in a folder, in a file that is only ever appended to.
+@contextmanager
+def write_files(folder: Path, names: Sequence[str]) -> Iterator[tuple[list[HashedFile], Record]]:
+    """Write files that appear when the block ends without an error.
 
-    Threads may share it.
+    Yields the open files, and a record for what else there is to know; their sizes and checksums
+    are put into it.
     """
+    temporary = [folder / f".{name}.{os.getpid()}" for name in names]
+    record: Record = {}
+    with ExitStack() as stack:
+        files = [HashedFile(stack.enter_context(path.open("wb"))) for path in temporary]
+        yield files, record
+        record["files"] = {name: file.close() for name, file in zip(names, files, strict=True)}
+    for path, name in zip(temporary, names, strict=True):
+        os.replace(path, folder / name)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed."""
+    for path in folder.glob(".*"):
+        path.unlink()
+
+
+class Journal:
+    """The steps done in a folder, in a file that is only ever appended to."""
 
     FILE = "journal.jsonl"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.records: dict[str, Record] = {}
-        self._lock = threading.Lock()
         path = folder / self.FILE
         if path.exists():
             lines = path.read_bytes().split(b"\n")
@@ -71,21 +89,14 @@ class Journal:
 
         Yields the open files, and a dictionary for what else there is to record.
         """
-        found: Record = {}
-        opened = [(self.folder / file).open("wb") for file in files]
-        try:
-            hashed = [HashedFile(file) for file in opened]
-            yield hashed, found
-            found["files"] = {file: each.close() for file, each in zip(files, hashed, strict=True)}
-        finally:
-            for file in opened:
-                file.close()
-        self.add(name, found)
+        with write_files(self.folder, files) as (hashed, record):
+            yield hashed, record
+        self.add(name, record)
 
     def add(self, name: str, record: Record | None) -> None:
         """Record a step as done; None: as not done."""
         line = json.dumps([name, record]).encode() + b"\n"
-        with self._lock, (self.folder / self.FILE).open("ab") as file:
+        with (self.folder / self.FILE).open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -14,9 +14,9 @@ from slm.data.corpus import Source
 from slm.data.journal import Journal, Record
 from slm.data.reader import Reader, to_bytes
 
-# Text of a shard: what a kill costs at most, and what one thread packs at a time. Another size
+# Text of a shard: what a kill costs at most, and what a process encodes at a time. Another size
 # makes other files of the same tokens: raise FORMAT_VERSION with it.
-SHARD_BYTES = 32 * 2**20
+SHARD_BYTES = 16 * 2**20
 # Text that is decoded, and then encoded, at a time.
 BATCH_BYTES = 2**20
 # Columns of a shard's index, uint64: bytes of each document, and the hash of its text.

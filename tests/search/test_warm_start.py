@@ -17,7 +17,7 @@ from torch import Tensor
 from search.warm_start import Inheritance, align, inherit
 from slm import weight_norm
 from slm.architecture import Architecture
-from slm.config import read
+from slm.config import compose, read
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, OperatorConfig, parse_operator
 from slm.training.config import OptimizerConfig
@@ -411,8 +411,8 @@ def train(model: LanguageModel, config: OptimizerConfig, num_steps: int) -> floa
 def test_a_warm_child_is_ahead_of_a_fresh_one(
     change: Callable[[Architecture], Architecture], name: str
 ) -> None:
-    values = yaml.safe_load((CONFIGS / "optimizer" / f"{name}.yaml").read_text())
-    config = read(OptimizerConfig, {**values, "lr": 2e-3, "warmup_steps": 0}, "optimizer")
+    chosen = [f"optimizer={name}", "optimizer.lr=2e-3", "optimizer.warmup_steps=0"]
+    config = read(OptimizerConfig, compose("train", chosen)[0].optimizer, "optimizer")
     torch.manual_seed(1)
     parent = LanguageModel(architecture(HYBRID))
     train(parent, config, 60)

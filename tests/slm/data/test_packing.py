@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -15,8 +16,17 @@ import numpy as np
 import pytest
 
 from slm.config import ConfigError
-from slm.data import DataConfig, PackedCorpus, PackedSplit, TokenizerConfig, prepare, spool
+from slm.data import (
+    DataConfig,
+    PackedCorpus,
+    PackedSplit,
+    TokenizerConfig,
+    encoding,
+    prepare,
+    spool,
+)
 from slm.data.corpus import open_source
+from slm.data.encoding import Encoder
 from slm.data.journal import Journal
 from slm.data.packing import CorruptCorpusError
 from slm.data.spool import is_held_out
@@ -60,7 +70,9 @@ def build(cache_dir: Path, **options: Any) -> tuple[PackedCorpus, list[str]]:
 
 @pytest.fixture
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of several shards; in this process, which is quickly done."""
     monkeypatch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+    monkeypatch.setattr(encoding, "SHARDS_PER_PROCESS", 100)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +80,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> PackedCorpus:
     """A corpus of several shards that nothing has interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+        patch.setattr(encoding, "SHARDS_PER_PROCESS", 100)
         corpus, _ = build(tmp_path_factory.mktemp("sharded"))
     assert len(corpus.train.shard_tokens) > 5
     return corpus
@@ -182,15 +195,20 @@ def test_what_decides_the_corpus_decides_the_folder(tmp_path: Path) -> None:
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The steps that write files from here on."""
-    begun: list[str] = []
-    step = Journal.step
+    done: list[str] = []
+    step, encode = Journal.step, Encoder.encode
 
-    def recording(journal: Journal, name: str, *files: str) -> AbstractContextManager:
-        begun.append(name)
+    def recording_step(journal: Journal, name: str, *files: str) -> AbstractContextManager:
+        done.append(name)
         return step(journal, name, *files)
 
-    monkeypatch.setattr(Journal, "step", recording)
-    return begun
+    def recording_encode(encoder: Encoder, task: Any, tokenizer: Any) -> Any:
+        done.append(f"shard-{task.number:05d}")
+        return encode(encoder, task, tokenizer)
+
+    monkeypatch.setattr(Journal, "step", recording_step)
+    monkeypatch.setattr(Encoder, "encode", recording_encode)
+    return done
 
 
 def flip(path: Path) -> None:
@@ -396,6 +414,36 @@ def test_shards_read_as_one_array(sharded: PackedCorpus) -> None:
             assert np.array_equal(split.tokens[begin:end], whole[begin:end])
     # Some shards have no document that is held out, and an empty file cannot be mapped.
     assert 0 in sharded.validation.shard_tokens
+
+
+def test_processes_decide_nothing(
+    sharded: PackedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    corpus, said = build(tmp_path)
+    assert said[-1] == f"packed {len(sharded.train.shard_tokens)} of {len(said) - 3} shards"
+    assert files_of(corpus) == files_of(sharded)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_noticed_and_costs_what_it_was_at(
+    sharded: PackedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def kill(message: str) -> None:
+        if message.startswith("packed"):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    data = DataConfig(source="shakespeare", max_documents=30, cache_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="encodes text ended with exit code -9"):
+        prepare(data, TokenizerConfig(vocab_size=300), kill)
+    assert not multiprocessing.active_children()
+    corpus, _ = build(tmp_path)
+    assert files_of(corpus) == files_of(sharded)
 
 
 def test_shards_decide_nothing(sharded: PackedCorpus, tmp_path: Path) -> None:
