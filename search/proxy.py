@@ -143,7 +143,9 @@ class ProxyTraining:
             inherit(self.model, parent[0], read_weights(parent[1]))
         self.ranks.copy_first(self.model.state_dict().values())
         last_step = config.num_steps(config.rung_tokens[-1])
-        self.optimizer, self.scheduler = build_optimizer(self.model, config.optimizer, last_step)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.model, config.optimizer, last_step, config.tokens_per_step
+        )
         self.step = 0
         self.loss_curve: list[tuple[int, float]] = []
         self.seconds = 0.0

@@ -124,8 +124,12 @@ class Architecture:
         Counts matrix products, convolutions and the mixers' cores; not norms, activations and
         the embedding's look-up.
         """
-        head = 2.0 * self.vocab_size * self.width
-        return head + sum(op.flops_per_token(self.width, context) for op in self.operators)
+        mixers = sum(op.flops_per_token(self.width, context) for op in self.operators)
+        return self.head_flops_per_token() + mixers
+
+    def head_flops_per_token(self) -> float:
+        """Forward FLOPs of one token's logits."""
+        return 2.0 * self.vocab_size * self.width
 
     def state_bytes(self, context: int, bytes_per_value: int = 4) -> int:
         """Bytes of one sequence's state after `context` tokens, meta tokens included.

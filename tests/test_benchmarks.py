@@ -54,6 +54,14 @@ def test_search_overhead(root: Path) -> None:
         assert results[storage]["resume_s"] > 0
 
 
+def test_trainer_overhead(root: Path) -> None:
+    """So few steps that their times say nothing."""
+    results = run(root, "trainer_overhead", "--windows", "2", "--batch", "1")
+    low, overhead_ms, high = results["overhead_ms"]
+    assert low <= overhead_ms <= high
+    assert results["overhead_share"] == results["trainer_ms"] / results["bare_ms"] - 1
+
+
 def test_warm_start(root: Path, tmp_path: Path) -> None:
     """So few steps that loss falls in all of them, whatever was learnt before."""
     arguments = ("--pairs", "4", "--steps", "16", "--processes", "1")

@@ -39,7 +39,7 @@ WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
 TINY = {
     "train.py": [
         *(*TEXT, "trainer=cpu_small", "trainer.max_steps=2", "trainer.validation_tokens=128"),
-        *("trainer.batch_size=2", "trainer.sequence_tokens=16"),
+        *("trainer.batch_tokens=32", "trainer.sequence_tokens=16"),
     ],
     "latency": [
         *(*PROTOCOL, *WORKLOAD, "device=cpu", "vocab_size=64", "memory_limit_gib=0.1"),
@@ -280,6 +280,42 @@ def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:
     assert int(batch[1]) > 1
     assert f"b{batch[1]}-p4-n4-float32" in shown
     assert "peaks:" in shown
+
+
+def test_training_does_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = root / "docs" / "training.md"
+    for command in page_commands(page):
+        arguments = shlex.split(command)[1:]
+        place = arguments.index("train.py")
+        # Two sequences, one for each of two devices.
+        arguments[place:] = [str(root / "train.py"), *arguments[place + 1 :], *TINY["train.py"]]
+        done = run(root, tmp_path, *arguments)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    results = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
+    assert results == {"first", "normalised", "muon", "long", "shared"}
+    (block,) = page_blocks(page, "bash")
+    done = run(root, tmp_path, *shlex.split(block)[1:])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.ckpt").stat().st_size > 0
+
+
+def test_the_page_on_training_says_what_weight_normalization_projects(root: Path) -> None:
+    text = (root / "docs" / "training.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \| (.*) \|$", text.partition("## Several")[0], flags=re.M
+    )
+    said = {
+        name: tuple(
+            tuple(f"{each}.weight" for each in re.findall(r"`(\w+)`", cell)) for cell in cells
+        )
+        for name, *cells in rows
+    }
+    assert said == {
+        name: (operator.reads, operator.writes)
+        for name, operator in OPERATORS.items()
+        if operator.__module__.startswith("slm.operators")
+    }
 
 
 def test_commands_for_many_machines_name_one_database(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from slm.config import CONFIG_DIR, ConfigError, compose, read
 from slm.model import LanguageModel
 from slm.model_config import BlockConfig
 from slm.training.config import TrainConfig, read_config
+from slm.training.fit import fit
 
 ROOT = Path(__file__).parent.parent
 GPT2_SIZE = 50257
@@ -141,8 +143,24 @@ def test_blocks_go_into_a_model(name: str) -> None:
     "override",
     [f"{group}={name}" for group in ("trainer", "optimizer", "logger") for name in options(group)],
 )
-def test_options_are_read(override: str) -> None:
-    config_of(override)
+def test_options_train(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, of few tokens, of each."""
+    if override == "logger=tensorboard":
+        pytest.importorskip("tensorboard")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"so {n} " * n for n in range(40)))
+    config = config_of(
+        override,
+        *("data=text", f"data.files=[{tmp_path / 'text.txt'}]", f"data.cache_dir={tmp_path}"),
+        *("data.validation_fraction=0.5", "tokenizer.vocab_size=300", "model.width=32"),
+        *("trainer.accelerator=cpu", "trainer.precision=float32"),
+        *("trainer.max_steps=2", "trainer.batch_tokens=64", "trainer.sequence_tokens=16"),
+        *("trainer.micro_batch_size=2", "trainer.validation_tokens=64"),
+    )
+    result = fit(config, tmp_path / "run")
+    assert result.steps == 2
+    assert math.isfinite(result.validation_loss)
 
 
 def is_for_training(experiment: str) -> bool:
@@ -163,8 +181,8 @@ def test_nemotron_flash_is_trained_as_published() -> None:
     second = config_of("experiment=nemotron_flash_1b_long")
     for stage, context, tokens in ((first, 4096, 4.5e12), (second, 29_000, 25e9)):
         assert stage.trainer.sequence_tokens == context
-        assert stage.trainer.tokens_per_step == pytest.approx(2.1e6, rel=0.01)
-        assert stage.trainer.max_steps * stage.trainer.tokens_per_step == pytest.approx(
+        assert stage.trainer.batch_tokens == pytest.approx(2.1e6, rel=0.01)
+        assert stage.trainer.max_steps * stage.trainer.batch_tokens == pytest.approx(
             tokens, rel=0.01
         )
         assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adam", 0)

@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DistributedSampler
 
 from slm.data.dataset import PackedDataset
+from slm.data.permutation import Permutation
 
 
 class ShuffledSampler(DistributedSampler[Any]):
-    """A permutation per epoch, drawn from (seed, epoch) alone; each process takes its part of it.
+    """All rows in an order drawn from (seed, epoch) alone; each process takes its part of it.
+
+    Every process finds its next row by itself: nothing is stored, whatever the number of rows. The
+    rest, of fewer rows than there are processes, is left out.
 
     torchdata's own random sampler shares a generator with the loader, so that the epochs after a
     resumed one come out otherwise (0.11); and Lightning does not see that it shuffles, and shares
@@ -25,10 +28,12 @@ class ShuffledSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         return _Epoch(self)
 
-    def indices(self, epoch: int) -> list[int]:
-        """The rows of this process in an epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-        return order[self.rank : self.total_size : self.num_replicas].tolist()
+    def __len__(self) -> int:
+        return self.num_rows // self.num_replicas
+
+    def order(self, epoch: int) -> Permutation:
+        """The rows of all processes in an epoch, which take turns."""
+        return Permutation(self.num_rows, self.seed, epoch)
 
 
 class _Epoch(Iterator[int]):
@@ -43,10 +48,11 @@ class _Epoch(Iterator[int]):
         if self.epoch is None:
             # Loaders make iterators that they never use; only one in use begins an epoch.
             self._begin(self.sampler.next_epoch)
-        if self.position == len(self.rows):
+        if self.position == len(self.sampler):
             raise StopIteration
+        place = self.position * self.sampler.num_replicas + self.sampler.rank
         self.position += 1
-        return self.rows[self.position - 1]
+        return self.order[place]
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and how many rows it has given out."""
@@ -61,4 +67,4 @@ class _Epoch(Iterator[int]):
     def _begin(self, epoch: int) -> None:
         self.epoch = epoch
         self.sampler.next_epoch = epoch + 1
-        self.rows = self.sampler.indices(epoch)
+        self.order = self.sampler.order(epoch)

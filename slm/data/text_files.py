@@ -1,14 +1,18 @@
-"""Documents streamed by `datasets`: a person's own files, and FineWeb-Edu from the Hub."""
+"""Documents streamed by `datasets`: a person's own files, and data sets of the Hub."""
 
-from collections.abc import Iterable, Iterator
+import codecs
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm.config import ConfigError
+from slm.data.reader import Part
+
+if TYPE_CHECKING:
+    import datasets
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet"}
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-FINEWEB_EDU_SUBSET = "sample-10BT"
 
 DOCUMENT_END = "<|endoftext|>"
 # A plain text is cut at the first blank line after this many characters, at any line after four
@@ -16,39 +20,32 @@ DOCUMENT_END = "<|endoftext|>"
 CUT_CHARACTERS = 16_384
 # How much of a file is looked at to tell text from other bytes.
 SNIFFED_BYTES = 65_536
+# Read at a time.
+CHUNK_BYTES = 2**20
+BATCH_ROWS = 1000
 
 
-def read_files(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the documents of each file. Raises ConfigError naming a file that cannot be read."""
-    for path in paths:
-        builder = BUILDERS[path.suffix]
-        _refuse_unreadable(path)
-        options = {"keep_linebreaks": True} if builder == "text" else {}
-        rows = stream(builder, f"data.files: '{path}'", data_files=[str(path)], **options)
-        yield from cut(rows) if builder == "text" else rows
+def file_parts(paths: Sequence[Path]) -> list[Part]:
+    """One part per file. Raises ConfigError naming all files that cannot be read as text.
 
-
-def read_fineweb_edu() -> Iterator[str]:
-    """Yield the documents of FineWeb-Edu's 10-billion-token sample."""
-    yield from stream(FINEWEB_EDU, f"data.source: {FINEWEB_EDU}", name=FINEWEB_EDU_SUBSET)
-
-
-def stream(dataset: str, where: str, **options: Any) -> Iterator[str]:
-    """Yield the field `text` of each row of a dataset, without downloading or keeping it whole.
-
-    where: how an error names the data. Raises ConfigError if they cannot be read.
+    All of every file is looked at before the first is read: a file that ends a build after hours
+    would be changed, and a changed file makes another corpus.
     """
-    import datasets
+    problems = [problem for path in paths for problem in _file_problems(path)]
+    if problems:
+        raise ConfigError(problems)
+    return [functools.partial(_read_file, path) for path in paths]
 
-    try:
-        rows = datasets.load_dataset(dataset, split="train", streaming=True, **options)
-        for row in rows:
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise ValueError(f"a row without a string in the field 'text', but {sorted(row)}")
-            yield text
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError([f"{where} cannot be read: {_reason(error)}"]) from error
+
+def hub_parts(repository: str, subset: str | None) -> list[Part]:
+    """One part per file of a data set's split `train`. Raises ConfigError if it cannot be had."""
+    where = f"data.repository: '{repository}'"
+    dataset = _open(where, repository, name=subset)
+
+    def read(index: int) -> Iterator[str]:
+        return _texts(dataset.shard(num_shards=dataset.num_shards, index=index), where)
+
+    return [functools.partial(read, index) for index in range(dataset.num_shards)]
 
 
 def cut(lines: Iterable[str]) -> Iterator[str]:
@@ -67,18 +64,89 @@ def cut(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(document)
 
 
-def _refuse_unreadable(path: Path) -> None:
-    """Raise ConfigError naming a file that is empty, or binary against its ending."""
-    with path.open("rb") as file:
-        start = file.read(SNIFFED_BYTES)
-    if not start.strip():
-        raise ConfigError([f"data.files: '{path}' is empty"])
-    if b"\0" in start and BUILDERS[path.suffix] != "parquet":
-        raise ConfigError([f"data.files: '{path}' holds binary data, not text"])
+def _read_file(path: Path) -> Iterator[str]:
+    builder = BUILDERS[path.suffix]
+    where = f"data.files: '{path}'"
+    options = {"keep_linebreaks": True} if builder == "text" else {}
+    texts = _texts(_open(where, builder, data_files=[str(path)], **options), where)
+    return cut(texts) if builder == "text" else texts
 
 
-def _reason(error: Exception) -> str:
-    """The innermost cause, on one line."""
+def _open(where: str, dataset: str, **options: Any) -> "datasets.IterableDataset":
+    """A data set that is neither downloaded nor kept whole."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(dataset, split="train", streaming=True, **options)
+    except _errors() as error:
+        raise _unreadable(where, error) from error
+
+
+def _texts(dataset: "datasets.IterableDataset", where: str) -> Iterator[str]:
+    """Yield the field `text` of each row. Raises ConfigError, naming the data as `where`."""
+    # Columns at a time: five times as fast as rows.
+    batches = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    row = 0
+    try:
+        for batch in batches:
+            names = batch.column_names
+            texts = batch.column("text").to_pylist() if "text" in names else [None]
+            for text in texts:
+                row += 1
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"row {row} has no string in the field 'text': {sorted(names)}"
+                    )
+                yield text
+    except _errors() as error:
+        raise _unreadable(where, error) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What `datasets` raises on data that it cannot get, or not read."""
+    import datasets
+
+    return (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError)
+
+
+def _unreadable(where: str, error: Exception) -> ConfigError:
+    """Names the innermost cause, on one line."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError([f"{where} cannot be read: {reason}"])
+
+
+def _file_problems(path: Path) -> list[str]:
+    """What is wrong with a file: it is empty, binary against its ending, or not UTF-8."""
+    with path.open("rb") as file:
+        start = file.read(SNIFFED_BYTES)
+    if not start.strip() and len(start) < SNIFFED_BYTES:
+        return [f"data.files: '{path}' is empty"]
+    if BUILDERS[path.suffix] == "parquet":
+        return []
+    if b"\0" in start:
+        return [f"data.files: '{path}' holds binary data, not text"]
+    return _utf8_problems(path)
+
+
+def _utf8_problems(path: Path) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(CHUNK_BYTES)
+            # Bytes of a character that the chunk before ended in.
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                place = offset - pending + error.start
+                found = error.object[error.start]
+                return [
+                    f"data.files: '{path}' is not UTF-8: byte {place:,} is 0x{found:02x} "
+                    f"({error.reason}); convert it, for example with iconv"
+                ]
+            if not chunk:
+                return []
+            offset += len(chunk)

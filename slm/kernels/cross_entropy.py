@@ -13,7 +13,8 @@ dtype of autocast, if that is on, and all else in at least fp32.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,9 +59,9 @@ def chunk_linear_cross_entropy(
 
 def fla_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """By the Triton kernels of fla."""
-    dtype = product_dtype(hidden)
+    dtype, loss = product_dtype(hidden), cast("Callable[..., Tensor]", fla_function(FLA))
     with torch.autocast(hidden.device.type, enabled=False):
-        return fla_function(FLA)(hidden.to(dtype), targets, weight.to(dtype))
+        return loss(hidden.to(dtype), targets, weight.to(dtype))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -14,9 +10,11 @@ from lightning.pytorch.callbacks import Callback
 
 from slm.data.packing import PackedSplit
 from slm.evaluation import bits_per_byte, evaluate_loss
+from slm.training import kept_checkpoints
 from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
 from slm.training.precision import autocast
+from slm.training.signals import StopSignals, stop
 
 
 class Validation(Callback):
@@ -78,7 +76,7 @@ class Validation(Callback):
             return
         assert isinstance(pl_module, TrainingModule)
         self.step = trainer.global_step
-        with self.metrics.paused(), autocast(pl_module.device, pl_module.precision):
+        with self.metrics.paused(), autocast(pl_module.device, pl_module.trainer_config.precision):
             self.loss = evaluate_loss(
                 pl_module.model,
                 self.split,
@@ -88,34 +86,30 @@ class Validation(Callback):
             )
         values = {"validation_loss": self.loss, "bits_per_byte": self.bits_per_byte}
         self.metrics.record(trainer, values)
-        self.metrics.show(
-            trainer,
+        self.metrics.progress.say(
             f"step {self.step}: validation loss {self.loss:.4f}, "
-            f"{self.bits_per_byte:.4f} bits per byte",
-            keep=True,
+            f"{self.bits_per_byte:.4f} bits per byte"
         )
 
 
 class Checkpoints(Callback):
-    """Saves `path` every `every_steps`, at the end, and when asked to stop.
+    """Saves a run's checkpoint every `every_steps`, at the end, and when asked to stop.
 
-    SIGTERM and Ctrl-C let the optimizer step in hand finish and save, so that the run goes on
-    exactly where it stopped; a second Ctrl-C stops at once.
+    SIGTERM, SIGUSR1 and Ctrl-C let the optimizer step in hand finish and save, so that the run goes
+    on exactly where it stopped; a second one stops at once.
     """
 
-    def __init__(self, path: Path, every_steps: int, metrics: Metrics) -> None:
-        self.path = path
+    def __init__(self, folder: Path, every_steps: int, metrics: Metrics) -> None:
+        self.folder = folder
         self.every_steps = every_steps
         self.metrics = metrics
         self.saved_step = 0
-        self.is_interrupted = False
-        self._handler_before: Any = None
+        self._signals: StopSignals | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Catch Ctrl-C from here on; only a main thread can."""
+        """Catch the signals from here on."""
         self.saved_step = self.last_step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._interrupt)
+        self._signals = StopSignals()
 
     def on_train_batch_end(
         self,
@@ -130,11 +124,12 @@ class Checkpoints(Callback):
             # Gradients of a step in hand are not part of a checkpoint.
             return
         self.last_step = trainer.global_step
-        should_stop = self.is_interrupted or trainer.received_sigterm
-        if should_stop or _is_last(trainer) or trainer.global_step % self.every_steps == 0:
+        assert self._signals is not None
+        received = self._signals.received()
+        if received or _is_last(trainer) or trainer.global_step % self.every_steps == 0:
             self._save(trainer)
-        if self.is_interrupted:
-            raise KeyboardInterrupt
+        if received:
+            stop(received)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights, if time ended the run within a step."""
@@ -143,30 +138,27 @@ class Checkpoints(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give Ctrl-C back."""
-        self._give_back()
+        """Give the signals back."""
+        self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
-        self._give_back()
+        """Give the signals back."""
+        self._release()
 
-    def _give_back(self) -> None:
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
+    def _release(self) -> None:
+        if self._signals is not None:
+            self._signals.release()
+            self._signals = None
 
     def _save(self, trainer: L.Trainer) -> None:
         if self.saved_step == trainer.global_step:
             return
         self.saved_step = trainer.global_step
         with self.metrics.paused():
-            trainer.save_checkpoint(self.path)
-
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self.is_interrupted:
-            raise KeyboardInterrupt
-        self.is_interrupted = True
-        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            trainer.save_checkpoint(self.folder / kept_checkpoints.PARTIAL)
+            if trainer.is_global_zero:
+                kept_checkpoints.keep(self.folder)
+            trainer.strategy.barrier()
 
 
 def _is_last(trainer: L.Trainer) -> bool:

@@ -1,4 +1,7 @@
-"""Checkpoints: Lightning's files, read without running code from them."""
+"""Checkpoints: Lightning's files, read without running code from them.
+
+Of a run whose weights are sharded they are folders, see `slm.training.sharded_checkpoint`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from slm.architecture import Architecture
 from slm.config import ConfigError
 from slm.model import LanguageModel
+from slm.training import sharded_checkpoint
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TOKENIZER_FILE = "tokenizer.json"
@@ -22,7 +26,7 @@ MODEL_PREFIX = "model."
 def load_checkpoint(path: str | Path) -> tuple[LanguageModel, Path]:
     """The model of a checkpoint, on the CPU in evaluation mode, and its tokenizer's file.
 
-    `path` is a `.ckpt` file or a run's folder. Raises ConfigError, naming the file, if it is not a
+    `path` is a checkpoint or a run's folder. Raises ConfigError, naming the file, if it is not a
     whole checkpoint of this project.
     """
     file = checkpoint_file(path)
@@ -44,7 +48,12 @@ def load_checkpoint(path: str | Path) -> tuple[LanguageModel, Path]:
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint file; raises ConfigError, naming it, if it is damaged."""
+    """The content of a checkpoint; raises ConfigError, naming it, if it is damaged.
+
+    Of a sharded one without the optimizer.
+    """
+    if sharded_checkpoint.is_sharded(file):
+        return sharded_checkpoint.read(file)
     if not file.is_file():
         raise ConfigError([f"checkpoint '{file}': no such file"])
     if not zipfile.is_zipfile(file):
@@ -60,6 +69,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint meant by a file's path, or by that of a run's folder."""
+    """The checkpoint meant by its own path, or by that of a run's folder."""
     path = Path(path)
-    return path / LAST_CHECKPOINT if path.is_dir() else path
+    is_run = path.is_dir() and not sharded_checkpoint.is_sharded(path)
+    return path / LAST_CHECKPOINT if is_run else path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,13 +24,20 @@ Positive = Annotated[int, Field(gt=0)]
 class OptimizerConfig:
     """Optimizer, learning-rate schedule and weight normalization.
 
-    lr: peak learning rate, reached after `warmup_steps` and followed by a cosine that ends at
-        lr · min_lr_ratio.
+    name: 'muon' orthogonalises the updates of the operators' matrices and leaves the rest to AdamW,
+        for which lr, betas, eps and weight_decay hold; its updates are scaled to AdamW's size, so
+        that the same lr and weight_decay serve both.
+    lr: peak learning rate, reached after the warm-up.
     weight_decay: of matrices only.
+    momentum: of Muon.
+    warmup_steps, warmup_tokens: length of the linear warm-up, in one or the other.
+    schedule: 'cosine' ends at lr · min_lr_ratio; 'wsd' stays at lr and falls to there on a line
+        over the last `decay_share` of training; 'constant' stays at lr.
     weight_norm: project matrices to unit norm after each step; see `slm.weight_norm`.
+    weight_norm_embeddings: also the rows of embedding and head.
     """
 
-    name: Literal["adamw", "adam"] = "adamw"
+    name: Literal["adamw", "adam", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
@@ -37,14 +45,29 @@ class OptimizerConfig:
     )
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     min_lr_ratio: Fraction = 0.1
     weight_norm: bool = False
+    weight_norm_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        problems = []
         if self.weight_decay and (self.name == "adam" or self.weight_norm):
             cause = "weight_norm" if self.weight_norm else "adam"
-            raise ConfigError([f"weight_decay: must be 0 with {cause}, got {self.weight_decay}"])
+            problems.append(f"weight_decay: must be 0 with {cause}, got {self.weight_decay}")
+        if self.warmup_steps and self.warmup_tokens:
+            problems.append(
+                f"warmup_tokens: must be 0 where warmup_steps is {self.warmup_steps}, "
+                f"got {self.warmup_tokens}"
+            )
+        if self.weight_norm_embeddings and not self.weight_norm:
+            problems.append("weight_norm_embeddings: needs weight_norm=true, got true")
+        if problems:
+            raise ConfigError(problems)
 
 
 @schema
@@ -52,45 +75,94 @@ class TrainerConfig:
     """How long, how much at a time, and on what.
 
     max_steps: optimizer steps.
-    max_seconds: if given, training ends after so many seconds and the cosine follows whichever of
+    max_seconds: if given, training ends after so many seconds and the schedule follows whichever of
         the two is nearer its end; such a run cannot be repeated bit for bit.
-    batch_size, sequence_tokens: sequences of one forward pass on one device; tokens of each.
-    accumulate: forward passes of one optimizer step.
+    batch_tokens: tokens of one optimizer step, over all devices.
+    sequence_tokens: tokens of one sequence.
+    micro_batch_size: sequences of one forward pass on one device, as many as its memory holds;
+        gradients of several are added up to a step's. None: all of a step's at once.
     gradient_clip: largest norm of the gradient; None: no clipping.
     validation_tokens: tokens of the validation split to use; None: all.
+    devices: of this machine.
+    strategy: of several devices: 'ddp' keeps the whole model on each, 'fsdp' shares weights,
+        gradients and optimizer out over them (FSDP2).
     precision: auto computes in bfloat16 where the device does so fast; weights stay in float32.
+    compile: layer by layer, by torch.compile.
+    activation_checkpointing: keep only what is between layers for the backward pass and compute
+        the rest anew, for memory.
+    loader_workers: processes that read batches; 0: the training process itself.
+    samples, sample_tokens: how many texts the model goes on with at each validation, and by how
+        many tokens; 0: none.
     threads: CPU threads; None leaves torch's choice.
     """
 
     max_steps: Positive
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = 16
+    batch_tokens: Positive = 4096
     sequence_tokens: Positive = 256
-    accumulate: Positive = 1
+    micro_batch_size: Positive | None = None
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     validate_every_steps: Positive = 200
     validation_tokens: Positive | None = None
     checkpoint_every_steps: Positive = 200
     log_every_steps: Positive = 10
+    samples: Positive = 2
+    sample_tokens: Annotated[int, Field(ge=0)] = 64
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Positive = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    loader_workers: Annotated[int, Field(ge=0)] = 0
     threads: Positive | None = None
 
+    def __post_init__(self) -> None:
+        problems = []
+        per_sequence = self.sequence_tokens * self.devices
+        if self.batch_tokens % per_sequence:
+            problems.append(
+                f"batch_tokens: must be a multiple of sequence_tokens x devices = {per_sequence}, "
+                f"got {self.batch_tokens}"
+            )
+        elif self.sequences_per_step % self.batch_size:
+            problems.append(
+                f"micro_batch_size: must divide the {self.sequences_per_step} sequences of one "
+                f"step on one device, got {self.micro_batch_size}"
+            )
+        if self.strategy == "fsdp" and self.devices == 1:
+            problems.append("strategy: fsdp shares a model out over devices, got devices=1")
+        if problems:
+            raise ConfigError(problems)
+
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step, over all devices."""
-        return self.batch_size * self.sequence_tokens * self.accumulate * self.devices
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step on one device."""
+        return self.batch_tokens // (self.sequence_tokens * self.devices)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one forward pass on one device."""
+        return self.micro_batch_size or self.sequences_per_step
+
+    @property
+    def accumulate(self) -> int:
+        """Forward passes of one optimizer step."""
+        return self.sequences_per_step // self.batch_size
 
 
 @schema
 class LoggerConfig:
     """Where metrics go besides `metrics.csv`; the other fields are Weights & Biases' own."""
 
-    name: Literal["csv", "wandb"] = "csv"
+    name: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "slm-frontier"
     entity: str | None = None
     offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise ConfigError(["name: 'tensorboard' needs `pip install slm-frontier[tensorboard]`"])
 
 
 @schema
@@ -128,12 +200,15 @@ class TrainConfig(RuntimeConfig):
         decisive_trainer = (
             "max_steps",
             "max_seconds",
-            "batch_size",
+            "batch_tokens",
             "sequence_tokens",
-            "accumulate",
+            "micro_batch_size",
             "gradient_clip",
             "devices",
+            "strategy",
             "precision",
+            "compile",
+            "loader_workers",
         )
         values = dataclasses.asdict(self)
         kept = {key: values[key] for key in decisive}

@@ -1,8 +1,9 @@
 """One training run, from its config to `result.json`; stopped, it goes on where it was.
 
 runs/<name>/
-    checkpoints/last.ckpt   weights, optimizer, data position, metrics so far
+    checkpoints/last.ckpt   weights, optimizer, data position; previous.ckpt is the one before
     metrics.csv             one row per log step and per validation
+    samples.jsonl           what the model writes, at each validation
     result.json             written last: a run that has it is finished
     tokenizer.json
 """
@@ -24,26 +25,29 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities import rank_zero_only
 
 from slm.config import ConfigError
 from slm.data import PackedCorpus, prepare
 from slm.data.datamodule import PackedDataModule
 from slm.kernels.backend import set_backend
 from slm.model import LanguageModel
+from slm.training import kept_checkpoints
 from slm.training.callbacks import Checkpoints, Validation
 from slm.training.checkpoint import (
     LAST_CHECKPOINT,
     TOKENIZER_FILE,
     load_checkpoint,
-    read_checkpoint,
 )
-from slm.training.config import TrainConfig
+from slm.training.config import TrainConfig, TrainerConfig
 from slm.training.files import write_atomically
-from slm.training.metrics import Metrics, MetricsFile
+from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, open_loggers
+from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
+from slm.training.samples import SAMPLES_FILE, Samples
 
 RESULT_FILE = "result.json"
-METRICS_FILE = "metrics.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,25 +79,29 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
 
     Raises ConfigError if `run_dir` holds another run, or a checkpoint cannot be read.
     """
-    checkpoint = run_dir / LAST_CHECKPOINT
-    if config.resume == "never":
+    folder = run_dir / LAST_CHECKPOINT.parent
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    checkpoint, resumed_step = None, 0
+    if config.resume == "auto":
+        finished = _finished(config, run_dir / RESULT_FILE)
+        if finished is not None:
+            print(f"{run_dir} is finished; resume=never trains it again")
+            return finished
+        checkpoint, resumed_step = _resumable(config, folder)
+    elif is_first:
         _forget(run_dir)
-    finished = _finished(config, run_dir / RESULT_FILE)
-    if finished is not None:
-        print(f"{run_dir} is finished; resume=never trains it again")
-        return finished
-    resumed_step = _resumable_step(config, checkpoint)
 
     corpus = prepare(config.data, config.tokenizer, progress=print)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(corpus.tokenizer_path, run_dir / TOKENIZER_FILE)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     set_backend(config.backend)
     model = _build_model(config, corpus)
-    # From step 0 the file is begun anew: rows of a run that never saved are not this run's.
-    MetricsFile(run_dir / METRICS_FILE).rewind(resumed_step)
-    return _train(config, run_dir, corpus, model, checkpoint if resumed_step else None)
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None:
+            kept_checkpoints.set_aside(folder, checkpoint)
+        shutil.copyfile(corpus.tokenizer_path, run_dir / TOKENIZER_FILE)
+    return _train(config, run_dir, corpus, model, checkpoint, resumed_step)
 
 
 def _train(
@@ -102,12 +110,19 @@ def _train(
     corpus: PackedCorpus,
     model: LanguageModel,
     checkpoint: Path | None,
+    resumed_step: int,
 ) -> TrainResult:
     """Train `model`, from `checkpoint` on if there is one, and write the result."""
     settings = config.trainer
     budget = None if settings.max_seconds is None else timedelta(seconds=settings.max_seconds)
     timer = Timer(duration=budget, verbose=False)
-    metrics = Metrics(settings.log_every_steps, settings.tokens_per_step, timer)
+    metrics = Metrics(
+        settings.log_every_steps,
+        settings.batch_tokens,
+        settings.sequence_tokens,
+        corpus.train,
+        timer,
+    )
     validation = Validation(
         corpus.validation,
         settings.sequence_tokens,
@@ -116,27 +131,33 @@ def _train(
         settings.validate_every_steps,
         metrics,
     )
-    checkpoints = Checkpoints(run_dir / LAST_CHECKPOINT, settings.checkpoint_every_steps, metrics)
+    samples = Samples(
+        run_dir / SAMPLES_FILE,
+        corpus,
+        settings.samples,
+        settings.sample_tokens,
+        validation,
+        metrics,
+    )
+    checkpoints = Checkpoints(
+        run_dir / LAST_CHECKPOINT.parent, settings.checkpoint_every_steps, metrics
+    )
+    # A checkpoint keeps what was found at its step.
+    callbacks = [timer, metrics, validation, samples, checkpoints]
 
     def time_used() -> float:
         return 0.0 if budget is None else timer.time_elapsed("train") / budget.total_seconds()
 
-    module = TrainingModule(
-        model,
-        config.optimizer,
-        settings.max_steps,
-        settings.precision,
-        time_used,
-        config.identity(),
-    )
+    module = TrainingModule(model, settings, config.optimizer, time_used, config.identity())
     data = PackedDataModule(
         corpus,
         sequence_tokens=settings.sequence_tokens,
         batch_size=settings.batch_size,
         seed=config.seed,
+        num_workers=settings.loader_workers,
     )
-    with _quiet(), _loggers(config, run_dir) as loggers:
-        trainer = _trainer(config, [timer, metrics, validation, checkpoints], loggers)
+    with _quiet(), open_loggers(config, run_dir, resumed_step) as loggers:
+        trainer = _trainer(config, callbacks, loggers, metrics.loader_clock)
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -149,7 +170,7 @@ def _train(
         digest=model.architecture.digest,
         parameters=model.architecture.parameters(),
         steps=trainer.global_step,
-        tokens=trainer.global_step * settings.tokens_per_step,
+        tokens=trainer.global_step * settings.batch_tokens,
         seconds=round(timer.time_elapsed("train"), 3),
         validation_loss=validation.loss,
         bits_per_byte=validation.bits_per_byte,
@@ -187,7 +208,9 @@ def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
     return model.train()
 
 
-def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger]) -> Any:
+def _trainer(
+    config: TrainConfig, callbacks: list[L.Callback], loggers: list[Logger], profiler: Profiler
+) -> Any:
     settings = config.trainer
     if config.device_type == "cuda":
         # TF32 for what is left in float32.
@@ -195,12 +218,13 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Log
     return L.Trainer(
         accelerator=config.device_type,
         devices=settings.devices,
+        strategy=_strategy(settings),
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=settings.gradient_clip,
         callbacks=callbacks,
         logger=loggers,
+        profiler=profiler,
         # `Validation` and `Checkpoints` do these between two steps, `Metrics` shows the progress.
         limit_val_batches=0,
         log_every_n_steps=1,
@@ -210,30 +234,15 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], loggers: list[Log
     )
 
 
-@contextmanager
-def _loggers(config: TrainConfig, run_dir: Path) -> Iterator[list[Logger]]:
-    """The loggers, closed at the end: the next job of a sweep opens its own."""
-    file = MetricsFile(run_dir / METRICS_FILE)
-    if config.logger.name == "csv":
-        yield [file]
-        return
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
+def _strategy(settings: TrainerConfig) -> Any:
+    """What Lightning calls the way in which devices share the work."""
+    if settings.devices == 1:
+        return "auto"
+    if settings.strategy == "ddp":
+        return "ddp"
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
-    tracker = WandbLogger(
-        name=config.name,
-        save_dir=run_dir,
-        project=config.logger.project,
-        entity=config.logger.entity,
-        # Lightning's own `offline` sets a variable that a session already begun does not read, and
-        # that the next job of a sweep would inherit.
-        mode="offline" if config.logger.offline else None,
-        config=config.identity(),
-    )
-    try:
-        yield [file, tracker]
-    finally:
-        wandb.finish()
+    return ModelParallelStrategy(data_parallel_size=settings.devices, tensor_parallel_size=1)
 
 
 def _finished(config: TrainConfig, result_file: Path) -> TrainResult | None:
@@ -248,14 +257,15 @@ def _finished(config: TrainConfig, result_file: Path) -> TrainResult | None:
     return result
 
 
-def _resumable_step(config: TrainConfig, checkpoint: Path) -> int:
-    """The step that `checkpoint` was saved at; 0 if there is none."""
-    if not checkpoint.exists():
-        return 0
-    content = read_checkpoint(checkpoint)
+def _resumable(config: TrainConfig, folder: Path) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, and its step; None and 0 if there is none."""
+    found = kept_checkpoints.newest(folder)
+    if found is None:
+        return None, 0
+    checkpoint, content = found
     identity = content.get("hyper_parameters", {}).get("identity", {})
-    _refuse_other_run(config, identity, checkpoint.parent.parent)
-    return content["global_step"]
+    _refuse_other_run(config, identity, folder.parent)
+    return checkpoint, content["global_step"]
 
 
 def _refuse_other_run(config: TrainConfig, there: dict[str, Any], run_dir: Path) -> None:
@@ -275,8 +285,11 @@ def _refuse_other_run(config: TrainConfig, there: dict[str, Any], run_dir: Path)
 
 def _forget(run_dir: Path) -> None:
     """Remove what a run has written; its result first, so that no half of it looks finished."""
-    for name in (RESULT_FILE, LAST_CHECKPOINT, METRICS_FILE):
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    kept_checkpoints.forget(run_dir / LAST_CHECKPOINT.parent)
+    for name in (METRICS_FILE, SAMPLES_FILE):
         (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
 
 
 @contextmanager

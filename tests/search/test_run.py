@@ -227,6 +227,11 @@ def compose_tiny(experiment: list[str], *overrides: str):
     return read_config(composed)
 
 
+def test_a_logger_that_a_search_does_not_have_is_refused(experiment):
+    with pytest.raises(ConfigError, match=r"logger\.name: must be 'csv' or 'wandb' in a search"):
+        compose_tiny(experiment, "logger=tensorboard")
+
+
 def test_a_crash_costs_one_candidate(experiment, tmp_path):
     search = Search(compose_tiny(experiment, "num_candidates=3"), tmp_path)
     searcher = search.searcher

@@ -389,7 +389,7 @@ def text_rows() -> Tensor:
 
 def train(model: LanguageModel, config: OptimizerConfig, num_steps: int) -> float:
     """The loss on the last rows after training on the others, four rows a step."""
-    optimizer, scheduler = build_optimizer(model, config, num_steps)
+    optimizer, scheduler = build_optimizer(model, config, num_steps, tokens_per_step=1)
     rows = text_rows()
     for step in range(num_steps):
         optimizer_step(model, optimizer, rows[:56].roll(-4 * step, 0)[:4])

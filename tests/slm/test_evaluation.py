@@ -76,7 +76,7 @@ def model(corpus: PackedCorpus) -> LanguageModel:
 
 def test_loss_of_a_bigram_model(corpus: PackedCorpus) -> None:
     model = Bigram(torch.randn(corpus.vocab_size, corpus.vocab_size)).train()
-    tokens = torch.from_numpy(corpus.validation.tokens.astype(np.int64))
+    tokens = torch.from_numpy(np.asarray(corpus.validation.tokens, np.int64))
     used = (len(tokens) - 1) // 16 * 16
     expected = F.cross_entropy(model.table[tokens[:used]], tokens[1 : used + 1]).item()
     for batch_size in (1, 5, 1000):
@@ -104,7 +104,7 @@ def test_loss_of_documents_on_their_own(corpus: PackedCorpus, model: LanguageMod
 
 def test_part_of_a_split_is_spread_over_it(corpus: PackedCorpus) -> None:
     model = Bigram(torch.randn(corpus.vocab_size, corpus.vocab_size))
-    tokens = torch.from_numpy(corpus.validation.tokens.astype(np.int64))
+    tokens = torch.from_numpy(np.asarray(corpus.validation.tokens, np.int64))
     num_rows = (len(tokens) - 1) // 16
     rows = [0, num_rows // 3, 2 * num_rows // 3]
     losses = [

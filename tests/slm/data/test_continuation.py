@@ -135,7 +135,7 @@ def test_without_the_context_answers_are_guesses(corpus: PackedCorpus) -> None:
             return self.logits.expand(*tokens.shape, -1)
 
     items = build_continuations(corpus, 10**6, seed=0)
-    tokens = torch.from_numpy(corpus.validation.tokens.astype(np.int64))
+    tokens = torch.from_numpy(np.asarray(corpus.validation.tokens, np.int64))
     counts = torch.bincount(tokens, minlength=corpus.vocab_size) + 0.5
     result = continuation_accuracy(Unigram(counts), items, batch_size=64)
     assert result.accuracy == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(items)) ** 0.5)

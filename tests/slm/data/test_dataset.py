@@ -88,7 +88,7 @@ def test_processes_share_the_rows_out(corpus: PackedCorpus) -> None:
 def test_an_epoch_that_is_broken_off_is_not_repeated(corpus: PackedCorpus) -> None:
     sampler = ShuffledSampler(PackedDataset(corpus.train, 64), seed=0, num_replicas=1, rank=0)
     firsts = [next(iter(sampler)) for _ in range(5)]
-    assert firsts == [sampler.indices(epoch)[0] for epoch in range(5)]
+    assert firsts == [sampler.order(epoch)[0] for epoch in range(5)]
     assert len(set(firsts)) > 1
 
 

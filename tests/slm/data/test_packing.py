@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import os
@@ -6,22 +7,29 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from slm.config import ConfigError
-from slm.data import DataConfig, PackedCorpus, PackedSplit, TokenizerConfig, prepare
+from slm.data import DataConfig, PackedCorpus, PackedSplit, TokenizerConfig, prepare, spool
 from slm.data.corpus import open_source
+from slm.data.journal import Journal
 from slm.data.packing import CorruptCorpusError
 from slm.data.spool import is_held_out
 from slm.data.tokenizer import load_tokenizer
 
+# Shards of so much text: 30 scenes make about ten of them.
+SMALL_SHARD = 20_000
+
 BUILD = """
 import sys, time
 from pathlib import Path
-from slm.data import DataConfig, TokenizerConfig, prepare
+from slm.data import DataConfig, TokenizerConfig, prepare, spool
+spool.SHARD_BYTES = int(sys.argv[3])
 def progress(message):
     print(message, flush=True)
     if message.startswith(sys.argv[2]):
@@ -35,12 +43,39 @@ print("digest", corpus.digest, len(corpus.train), flush=True)
 
 
 def start_build(cache_dir: Path, stop_at: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILD, str(cache_dir), stop_at]
+    command = [sys.executable, "-c", BUILD, str(cache_dir), stop_at, str(SMALL_SHARD)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def build(cache_dir: Path, **options: Any) -> tuple[PackedCorpus, list[str]]:
+    """The corpus of BUILD, and what was said while it was built."""
+    said: list[str] = []
+    data = DataConfig(source="shakespeare", max_documents=30, cache_dir=cache_dir)
+    return prepare(data, TokenizerConfig(vocab_size=300), said.append, **options), said
+
+
+@pytest.fixture
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> PackedCorpus:
+    """A corpus of several shards that nothing has interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "SHARD_BYTES", SMALL_SHARD)
+        corpus, _ = build(tmp_path_factory.mktemp("sharded"))
+    assert len(corpus.train.shard_tokens) > 5
+    return corpus
+
+
+def files_of(corpus: PackedCorpus) -> dict[str, bytes]:
+    """Every file of a corpus. The journal is gone, and the text."""
+    return {path.name: path.read_bytes() for path in corpus.folder.iterdir()}
 
 
 def texts(split: PackedSplit, corpus: PackedCorpus) -> list[str]:
@@ -145,66 +180,245 @@ def test_what_decides_the_corpus_decides_the_folder(tmp_path: Path) -> None:
     assert len(set(digests)) == 4
 
 
+def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps that write files from here on."""
+    begun: list[str] = []
+    step = Journal.step
+
+    def recording(journal: Journal, name: str, *files: str) -> AbstractContextManager:
+        begun.append(name)
+        return step(journal, name, *files)
+
+    monkeypatch.setattr(Journal, "step", recording)
+    return begun
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("name", "damage", "steps"),
     [
-        ("train.tokens.bin", lambda path: os.truncate(path, 100)),
-        ("validation.documents.bin", lambda path: path.unlink()),
-        ("tokenizer.json", lambda path: path.write_text("{")),
-        ("metadata.json", lambda path: path.write_text("{")),
-        ("metadata.json", lambda path: path.write_text('{"digest": "x"}')),
-        ("metadata.json", lambda path: path.unlink()),
+        ("train-00002.tokens.bin", lambda path: os.truncate(path, 100), ["shard-00002"]),
+        ("validation-00003.documents.bin", lambda path: path.write_bytes(b"1"), ["shard-00003"]),
+        ("train.documents.bin", lambda path: path.unlink(), []),
+        ("tokenizer.json", lambda path: path.write_text("{"), ["tokenizer"]),
     ],
 )
-def test_damaged_corpora_are_named_and_built_again(
-    name, damage, corpus: PackedCorpus, plays: DataConfig, bpe: TokenizerConfig, tmp_path, caplog
+@pytest.mark.usefixtures("_small_shards")
+def test_damaged_files_are_named_and_they_alone_built_again(
+    name, damage, steps, sharded: PackedCorpus, tmp_path: Path, caplog, monkeypatch
 ) -> None:
-    cache_dir = tmp_path / "cache"
-    folder = cache_dir / corpus.folder.name
-    shutil.copytree(corpus.folder, folder)
+    folder = tmp_path / sharded.folder.name
+    shutil.copytree(sharded.folder, folder)
     damage(folder / name)
     with pytest.raises(CorruptCorpusError, match=name):
         PackedCorpus.open(folder)
-    moved = DataConfig(
-        source="shakespeare", max_documents=60, validation_fraction=0.2, cache_dir=cache_dir
-    )
+    done = record_steps(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        again = prepare(moved, bpe)
+        again, said = build(tmp_path)
     assert str(folder / name) in caplog.text
-    assert "building the corpus again" in caplog.text
-    assert again.folder == folder
-    assert np.array_equal(again.train.tokens, corpus.train.tokens)
+    assert "building that again" in caplog.text
+    assert [step for step in done if not step.startswith(("text-", "index-"))] == steps
+    # Where documents begin follows from the shards: nothing is read for it.
+    assert bool(said) == bool(steps)
+    assert files_of(again) == files_of(sharded)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text('{"digest": "x"}'),
+        lambda path: path.write_text("[]"),
+        lambda path: path.unlink(),
+    ],
+)
+@pytest.mark.usefixtures("_small_shards")
+def test_a_corpus_that_says_nothing_of_itself_is_built_anew(
+    damage, sharded: PackedCorpus, tmp_path: Path
+) -> None:
+    folder = tmp_path / sharded.folder.name
+    shutil.copytree(sharded.folder, folder)
+    damage(folder / "metadata.json")
+    with pytest.raises(CorruptCorpusError, match=r"metadata\.json"):
+        PackedCorpus.open(folder)
+    again, _ = build(tmp_path)
+    assert files_of(again) == files_of(sharded)
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_altered_bytes_are_found_when_all_is_read(
+    sharded: PackedCorpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / sharded.folder.name
+    shutil.copytree(sharded.folder, folder)
+    names = ("train-00001.tokens.bin", "validation.documents.bin")
+    for name in names:
+        flip(folder / name)
+    corpus = PackedCorpus.open(folder)
+    with pytest.raises(CorruptCorpusError) as caught:
+        corpus.verify()
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        str(folder / name) for name in reversed(names)
+    ]
+    # Their sizes are right: only who asks for it has them found.
+    assert build(tmp_path)[1] == []
+    again, said = build(tmp_path, verify=True)
+    assert f"packed {len(sharded.train.shard_tokens)} of" in said[-1]
+    assert files_of(again) == files_of(sharded)
+    again.verify()
+    assert build(tmp_path, verify=True)[1] == []
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     builds = [start_build(tmp_path, "never") for _ in range(2)]
-    for build in builds:
-        build.stdin.write("\n")
-    outputs = [build.communicate(timeout=120)[0] for build in builds]
+    for each in builds:
+        each.stdin.write("\n")
+    outputs = [each.communicate(timeout=120)[0] for each in builds]
     assert sum(output.count("reading") for output in outputs) == 1
     (result,) = {output.splitlines()[-1] for output in outputs}
     assert result.startswith("digest")
 
 
-@pytest.mark.parametrize("stage", ["building the tokenizer", "packing the validation"])
-def test_a_killed_build_leaves_nothing_wrong(stage: str, tmp_path: Path) -> None:
-    build = start_build(tmp_path, stage)
-    build.stdin.write("\n")
-    while not build.stdout.readline().startswith(stage):
-        assert build.poll() is None
-    build.send_signal(signal.SIGKILL)
-    build.communicate()
-    assert list(tmp_path.glob(".*.partial"))
+@pytest.mark.parametrize("stage", ["building the tokenizer", "packing", "packed 2", "packed 9"])
+@pytest.mark.usefixtures("_small_shards")
+def test_a_killed_build_goes_on_where_it_was(
+    stage: str, sharded: PackedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start_build(tmp_path, stage)
+    process.stdin.write("\n")
+    while not process.stdout.readline().startswith(stage):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = tmp_path.glob(".*.partial")
     assert not list(tmp_path.glob("shakespeare-*"))
-    data = DataConfig(source="shakespeare", max_documents=30, cache_dir=tmp_path)
-    corpus = prepare(data, TokenizerConfig(vocab_size=300))
+    journal = Journal(partial)
+    assert "text-00009" in journal.records
+    encoded = {name for name in journal.records if name.startswith("shard-")}
+    assert len(encoded) >= int(stage.removeprefix("packed ")[:1] if "packed" in stage else 0)
+    done = record_steps(monkeypatch)
+    corpus, said = build(tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
-    fresh = prepare(
-        DataConfig(source="shakespeare", max_documents=30, cache_dir=tmp_path / "other"),
-        TokenizerConfig(vocab_size=300),
+    assert not any(name.startswith("text-") for name in done)
+    assert not encoded & set(done)
+    assert ("building the tokenizer" in " ".join(said)) == (stage == "building the tokenizer")
+    assert files_of(corpus) == files_of(sharded)
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_a_build_killed_while_reading_goes_on_where_it_was(
+    sharded: PackedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a moment of chance: once its fourth shard of text is there."""
+    process = start_build(tmp_path, "never")
+    process.stdin.write("\n")
+    while not list(tmp_path.glob(".*.partial/text-00003.txt")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = tmp_path.glob(".*.partial")
+    known = set(Journal(partial).records)
+    assert "text-00002" in known
+    done = record_steps(monkeypatch)
+    corpus, _ = build(tmp_path)
+    assert not known & set(done)
+    assert files_of(corpus) == files_of(sharded)
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_a_torn_line_and_altered_text_cost_no_more_than_themselves(
+    sharded: PackedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(message: str) -> None:
+        if message.startswith("packed 3"):
+            raise KeyboardInterrupt
+
+    data = DataConfig(source="shakespeare", max_documents=30, cache_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, TokenizerConfig(vocab_size=300), stop)
+    (partial,) = tmp_path.glob(".*.partial")
+    with (partial / "journal.jsonl").open("ab") as file:
+        file.write(b'["shard-00099", {"fil')
+    flip(partial / "text-00004.txt")
+    flip(partial / "train-00001.tokens.bin")
+    done = record_steps(monkeypatch)
+    corpus, _ = build(tmp_path)
+    assert {"shard-00001", "text-00004"} <= set(done)
+    assert not {"shard-00000", "shard-00002", "text-00000", "text-00003", "tokenizer"} & set(done)
+    assert files_of(corpus) == files_of(sharded)
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_text_that_is_another_is_packed_anew(tmp_path: Path, caplog) -> None:
+    """A stream that is read again need not be what it was."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    rows = [f"page {number} " * 400 for number in range(40)]
+
+    def write(texts: list[str]) -> None:
+        (hub / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        # What its identity is made of stays.
+        os.utime(hub / "a.jsonl", (0, 0))
+
+    config = DataConfig(
+        source="hub", repository=str(hub), max_bytes=10**6, cache_dir=tmp_path / "cache"
     )
-    for part in ("train.tokens.bin", "validation.documents.bin", "tokenizer.json", "metadata.json"):
-        assert (corpus.folder / part).read_bytes() == (fresh.folder / part).read_bytes()
+    write(rows)
+    first = prepare(config, TokenizerConfig(vocab_size=300))
+    write([text.replace("page", "leaf") for text in rows])
+    (first.folder / "train-00001.tokens.bin").unlink()
+    with caplog.at_level(logging.WARNING):
+        second = prepare(config, TokenizerConfig(vocab_size=300))
+    assert "the text of 'hub' is another than it was" in caplog.text
+    assert all(text.startswith("leaf") for text in texts(second.train, second))
+    second.verify()
+
+
+def test_shards_read_as_one_array(sharded: PackedCorpus) -> None:
+    for split in (sharded.train, sharded.validation):
+        parts = [
+            np.fromfile(path, np.uint16)
+            for path in sorted(sharded.folder.glob(f"{split.name}-*.tokens.bin"))
+        ]
+        assert [len(part) for part in parts] == list(split.shard_tokens)
+        whole = np.concatenate(parts)
+        assert np.array_equal(np.asarray(split.tokens), whole)
+        rng = np.random.default_rng(0)
+        edges = np.cumsum([0, *split.shard_tokens])
+        places = [*rng.integers(0, len(whole), 40), *edges, *(edges[1:] - 1)]
+        for begin, end in itertools.pairwise(rng.permutation(places).tolist()):
+            assert np.array_equal(split.tokens[begin:end], whole[begin:end])
+    # Some shards have no document that is held out, and an empty file cannot be mapped.
+    assert 0 in sharded.validation.shard_tokens
+
+
+def test_shards_decide_nothing(sharded: PackedCorpus, tmp_path: Path) -> None:
+    whole, _ = build(tmp_path)
+    assert len(whole.train.shard_tokens) == 1
+    for split, other in ((whole.train, sharded.train), (whole.validation, sharded.validation)):
+        assert np.array_equal(np.asarray(split.tokens), np.asarray(other.tokens))
+        assert np.array_equal(split.document_starts, other.document_starts)
+        assert split.num_bytes == other.num_bytes
+    assert whole.tokenizer_path.read_bytes() == sharded.tokenizer_path.read_bytes()
+
+
+@pytest.mark.usefixtures("_small_shards")
+def test_a_document_longer_than_all_else(tmp_path: Path) -> None:
+    """Longer than a shard, than what is encoded at a time, than a row, than all others together."""
+    long = " ".join(str(number * number) for number in range(150_000))
+    assert len(long) > 1.2 * spool.BATCH_BYTES
+    rows = ["a short one", long, "another", "a third", "a fourth"]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+    config = DataConfig(source="text", files=(str(path),), cache_dir=tmp_path / "cache")
+    corpus = prepare(config, TokenizerConfig(vocab_size=300))
+    assert sorted(texts(corpus.train, corpus) + texts(corpus.validation, corpus)) == sorted(rows)
 
 
 def test_a_split_pickles_without_its_tokens(corpus: PackedCorpus) -> None:

@@ -1,14 +1,15 @@
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slm.config import ConfigError
-from slm.data import DataConfig, TokenizerConfig, prepare, text_files
+from slm.config import ConfigError, read
+from slm.data import DataConfig, PackedCorpus, TokenizerConfig, prepare, spool
 from slm.data.corpus import open_source
-from slm.data.text_files import CUT_CHARACTERS, cut, read_files
+from slm.data.text_files import CHUNK_BYTES, CUT_CHARACTERS, cut, file_parts
 
 
 def documents_of(*paths: Path, **options: int) -> list[str]:
@@ -53,12 +54,14 @@ def test_a_long_text_is_cut_without_losing_anything() -> None:
     ("name", "content", "problem"),
     [
         ("binary.txt", b"\x7fELF\0\0\1", "binary"),
-        ("latin.txt", b"caf\xe9", "decode"),
+        ("latin.txt", b"caf\xe9", "is not UTF-8: byte 3 is 0xe9"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', "is not UTF-8: byte 13 is 0xe9"),
         ("empty.txt", b"", "is empty"),
         ("blank.jsonl", b"\n \n", "is empty"),
         ("broken.jsonl", b'{"text": "ok"}\n{bad\n', "JSON"),
-        ("no_text.jsonl", b'{"body": "x"}\n', "without a string in the field 'text'"),
-        ("number.jsonl", b'{"text": 5}\n', "without a string in the field 'text'"),
+        ("no_text.jsonl", b'{"body": "x"}\n', "row 1 has no string in the field 'text'"),
+        ("number.jsonl", b'{"text": 5}\n', "row 1 has no string in the field 'text'"),
+        ("null.jsonl", b'{"text": "x"}\n{"text": null}\n', "row 2 has no string in the field"),
         ("broken.parquet", b"PAR1 and nothing else", "[Pp]arquet"),
     ],
 )
@@ -67,10 +70,46 @@ def test_unreadable_files_are_refused_by_name(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=problem) as caught:
-        list(read_files([tmp_path / name]))
+        documents_of(tmp_path / name)
     (message,) = caught.value.problems
     assert name in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "byte"),
+    [
+        # In the middle of a character, at both sides of where a file is read in chunks.
+        (b"x" * (CHUNK_BYTES - 1) + b"\xc3" + b"(" + b"x" * 10, CHUNK_BYTES - 1, "c3"),
+        (b"x" * (CHUNK_BYTES - 2) + "é".encode() + b"\xff", CHUNK_BYTES, "ff"),
+        # A character that the file's end cuts off.
+        ("é".encode() * 5 + b"\xe2\x82", 10, "e2"),
+        (b"x" * CHUNK_BYTES + b"\xe2\x82", CHUNK_BYTES, "e2"),
+    ],
+)
+def test_bytes_that_are_not_utf_8_are_named_before_anything_is_written(
+    tmp_path: Path, content: bytes, place: int, byte: str
+) -> None:
+    good, bad, worse = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
+    good.write_text("héllo\n" * 9)
+    bad.write_bytes(content)
+    worse.write_bytes(b"\xff")
+    assert content[place] == int(byte, 16)
+    config = DataConfig(
+        source="text", files=(str(good), str(bad), str(worse)), cache_dir=tmp_path / "cache"
+    )
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, TokenizerConfig(vocab_size=300))
+    first, second = caught.value.problems
+    assert f"data.files: '{bad}' is not UTF-8: byte {place:,} is 0x{byte}" in first
+    assert f"'{worse}' is not UTF-8: byte 0 is 0xff" in second
+    assert not [item for item in (tmp_path / "cache").iterdir() if item.suffix != ".lock"]
+
+
+def test_characters_may_lie_across_chunks(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * (CHUNK_BYTES - 1) + "é" * 10)
+    assert len(file_parts([path])) == 1
 
 
 def test_configurations_that_name_no_text(tmp_path: Path) -> None:
@@ -83,8 +122,12 @@ def test_configurations_that_name_no_text(tmp_path: Path) -> None:
         DataConfig(source="text")
     with pytest.raises(ValueError, match="only source 'text' has files"):
         DataConfig(source="shakespeare", files=(str(tmp_path / "a.csv"),))
-    with pytest.raises(ValueError, match="max_bytes"):
-        DataConfig(source="fineweb_edu")
+    with pytest.raises(ConfigError) as caught_config:
+        read(DataConfig, {"source": "hub", "files": [str(tmp_path / "a.csv")]})
+    fields = [problem.partition(":")[0] for problem in caught_config.value.problems]
+    assert fields == ["files", "repository", "files", "max_bytes"]
+    with pytest.raises(ValueError, match="subset: only source 'hub' has subset, got source 'text'"):
+        DataConfig(source="text", files=(str(tmp_path),), subset="x")
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
@@ -99,26 +142,88 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
     assert not [item for item in (tmp_path / "cache").iterdir() if item.suffix != ".lock"]
 
 
-def test_fineweb_edu_is_streamed_up_to_its_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A local repository stands in for the Hub's: the same reader, the same subset."""
-    (tmp_path / "sample").mkdir()
-    table = pa.table({"text": [f"page {number:04d}" for number in range(5000)]})
-    pq.write_table(table, tmp_path / "sample" / "000.parquet")
-    (tmp_path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/*.parquet\n---\n"
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A folder laid out like a data set of the Hub: two subsets, of several files each."""
+    folder = tmp_path / "hub"
+    for subset in ("first", "second"):
+        (folder / subset).mkdir(parents=True)
+        for number in range(3):
+            pages = [f"{subset} page {number} {row:04d}" for row in range(50)]
+            table = pa.table({"id": list(range(50)), "text": pages})
+            pq.write_table(table, folder / subset / f"{number:03d}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: first/*.parquet\n"
+        "- config_name: two\n  data_files: second/*.parquet\n---\n"
     )
-    monkeypatch.setattr(text_files, "FINEWEB_EDU", str(tmp_path))
-    config = DataConfig(source="fineweb_edu", max_bytes=95)
-    assert list(open_source(config).documents()) == [f"page {number:04d}" for number in range(10)]
+    return folder
 
 
-def test_an_unreachable_repository_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_data_set_is_streamed_up_to_its_limit(hub: Path) -> None:
+    config = DataConfig(source="hub", repository=str(hub), subset="two", max_bytes=1050)
+    expected = [f"second page {row // 50} {row % 50:04d}" for row in range(150)]
+    assert list(open_source(config).documents()) == expected[: 1050 // len(expected[0])]
+    everything = DataConfig(source="hub", repository=str(hub), subset="two", max_bytes=10**6)
+    assert list(open_source(everything).documents()) == expected
+
+
+def test_reading_goes_on_in_the_middle_of_a_data_set(hub: Path, tmp_path: Path) -> None:
+    """And does not open the files that it has read."""
+    config = DataConfig(source="hub", repository=str(hub), subset="one", max_bytes=10**6)
+    source = open_source(config)
+    expected = list(source.documents())
+    for stop in (0, 1, 49, 50, 51, 149, 150):
+        reader = source.open_reader(None)
+        read = [next(reader) for _ in range(stop)]
+        state = json.loads(json.dumps(reader.state()))
+        assert read + list(source.open_reader(state)) == expected
+    reader = source.open_reader(None)
+    for _ in range(110):
+        next(reader)
+    # The first one tells the columns.
+    (hub / "first" / "001.parquet").write_bytes(b"no longer there")
+    assert list(source.open_reader(reader.state())) == expected[110:]
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Change a file behind the back of whoever knows files by size and time."""
+    state = path.stat()
+    assert len(content) == state.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_stream_that_breaks_off_keeps_what_was_read(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "FINEWEB_EDU", str(tmp_path / "nowhere"))
-    config = DataConfig(source="fineweb_edu", max_bytes=95)
-    with pytest.raises(ConfigError, match=r"nowhere cannot be read: \w+") as caught:
+    """Unreadable files stand for a connection that is lost."""
+    monkeypatch.setattr(spool, "SHARD_BYTES", 500)
+
+    def build(cache: str) -> PackedCorpus:
+        config = DataConfig(
+            source="hub",
+            repository=str(hub),
+            subset="one",
+            max_bytes=10**6,
+            cache_dir=tmp_path / cache,
+        )
+        return prepare(config, TokenizerConfig(vocab_size=300))
+
+    expected = build("whole")
+    last = hub / "first" / "002.parquet"
+    content = last.read_bytes()
+    overwrite(last, b"\0" * len(content))
+    with pytest.raises(ConfigError, match="hub' cannot be read"):
+        build("broken")
+    assert len(list((tmp_path / "broken").glob(".*.partial/text-*.txt"))) > 3
+    overwrite(last, content)
+    again = build("broken")
+    for file in expected.folder.iterdir():
+        assert (again.folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_data_set_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    config = DataConfig(source="hub", repository=str(tmp_path / "nowhere"), max_bytes=95)
+    with pytest.raises(ConfigError, match=r"nowhere' cannot be read: \w+") as caught:
         next(open_source(config).documents())
     assert "\n" not in str(caught.value)

@@ -41,13 +41,14 @@ MODEL = {
 }
 TRAINER = {
     "max_steps": 8,
-    "batch_size": 2,
+    "batch_tokens": 96,
     "sequence_tokens": 24,
-    "accumulate": 2,
+    "micro_batch_size": 2,
     "validate_every_steps": 3,
     "validation_tokens": 240,
     "checkpoint_every_steps": 4,
     "log_every_steps": 1,
+    "sample_tokens": 4,
     "accelerator": "cpu",
     "precision": "float32",
 }

@@ -1,5 +1,6 @@
 """The optimizer is torch's own, its schedule the cosine's closed form."""
 
+import copy
 import math
 
 import pytest
@@ -38,7 +39,7 @@ def test_equals_torch(name: str) -> None:
         name=name, lr=0.05, weight_decay=decay, betas=(0.8, 0.9), warmup_steps=2
     )
     ours, theirs = small_model(), small_model()
-    optimizer, scheduler = build_optimizer(ours, config, max_steps=6)
+    optimizer, scheduler = build_optimizer(ours, config, max_steps=6, tokens_per_step=1)
     train(ours, optimizer, scheduler)
 
     # Torch's plain loop, its own schedules, and a list of parameters written out by hand.
@@ -69,32 +70,104 @@ def test_equals_torch(name: str) -> None:
         torch.testing.assert_close(weight, named[key], atol=1e-6, rtol=1e-5, msg=key)
 
 
-def test_schedule() -> None:
+def factor(
+    config: OptimizerConfig, step: int, max_steps: int, tokens_per_step: int = 1, **options: float
+) -> float:
+    return lr_factor(config, step, max_steps, tokens_per_step, **options)
+
+
+def test_cosine() -> None:
     config = OptimizerConfig(warmup_steps=4, min_lr_ratio=0.2)
-    factors = [lr_factor(config, step, max_steps=12) for step in range(16)]
+    factors = [factor(config, step, 12) for step in range(16)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[8] == pytest.approx(0.6)
     assert factors[10] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 0.75)) / 2)
     assert factors[12:] == pytest.approx([0.2] * 4)
     # Without a warm-up the peak comes first; a run may be shorter than its warm-up.
-    assert lr_factor(OptimizerConfig(), 0, max_steps=1) == 1.0
-    assert lr_factor(OptimizerConfig(warmup_steps=9), 2, max_steps=3) == pytest.approx(3 / 9)
+    assert factor(OptimizerConfig(), 0, 1) == 1.0
+    assert factor(OptimizerConfig(warmup_steps=9), 2, 3) == pytest.approx(3 / 9)
 
 
-def test_schedule_follows_the_time_budget_when_it_runs_ahead() -> None:
-    config = OptimizerConfig(min_lr_ratio=0.0)
-    assert lr_factor(config, 10, max_steps=100, time_used=0.5) == pytest.approx(0.5)
-    assert lr_factor(config, 50, max_steps=100, time_used=0.1) == pytest.approx(0.5)
-    assert lr_factor(config, 10, max_steps=100, time_used=1.7) == pytest.approx(0.0)
+def test_wsd_and_constant() -> None:
+    config = OptimizerConfig(schedule="wsd", warmup_steps=2, decay_share=0.25, min_lr_ratio=0.1)
+    factors = [factor(config, step, 22) for step in range(25)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[17] == 1.0
+    assert factors[18:22] == pytest.approx([1 - 0.9 * fallen / 5 for fallen in (1, 2, 3, 4)])
+    assert factors[22:] == pytest.approx([0.1] * 3)
+    constant = OptimizerConfig(schedule="constant", warmup_steps=2)
+    assert [factor(constant, step, 4) for step in range(6)] == [0.5, *[1.0] * 5]
+
+
+def test_warmup_in_tokens() -> None:
+    config = OptimizerConfig(warmup_tokens=1000, schedule="constant")
+    factors = [factor(config, step, 99, tokens_per_step=300) for step in range(6)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedule_follows_the_time_budget_when_it_runs_ahead(schedule: str) -> None:
+    config = OptimizerConfig(schedule=schedule, min_lr_ratio=0.0, decay_share=1.0)
+    assert factor(config, 10, 100, time_used=0.5) == pytest.approx(0.5)
+    assert factor(config, 50, 100, time_used=0.1) == pytest.approx(0.5)
+    assert factor(config, 10, 100, time_used=1.7) == pytest.approx(0.0)
+
+
+def test_muon_equals_torchs_two_optimizers() -> None:
+    config = OptimizerConfig(
+        name="muon", lr=0.02, weight_decay=0.3, betas=(0.8, 0.9), schedule="constant"
+    )
+    ours, theirs = small_model(), small_model()
+    optimizer, scheduler = build_optimizer(ours, config, max_steps=6, tokens_per_step=1)
+    # Going on from a saved state is part of it.
+    train(ours, optimizer, scheduler)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer, scheduler = build_optimizer(ours, config, max_steps=6, tokens_per_step=1)
+    optimizer.load_state_dict(state)
+    train(ours, optimizer, scheduler)
+
+    named = dict(theirs.named_parameters())
+    hidden = [f"layers.{place}" for place in range(5)]
+    matrices = {
+        name: parameter
+        for name, parameter in named.items()
+        if parameter.ndim == 2 and not name.endswith(("A_log", "D"))
+    }
+    of_operators = [p for name, p in matrices.items() if name.startswith(tuple(hidden))]
+    outer = [p for name, p in matrices.items() if not name.startswith(tuple(hidden))]
+    rest = [p for name, p in named.items() if name not in matrices]
+    settings = {"lr": 0.02, "betas": (0.8, 0.9)}
+    muon = torch.optim.Muon(of_operators, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(outer, weight_decay=0.3, **settings)
+    plain = torch.optim.AdamW(rest, weight_decay=0.0, **settings)
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for parameter in theirs.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for each in (muon, adamw, plain):
+                each.step()
+    for key, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, named[key], atol=1e-5, rtol=1e-4, msg=key)
 
 
 def test_weight_norm_runs_after_each_step() -> None:
     model = small_model()
     config = OptimizerConfig(name="adam", lr=0.05, weight_decay=0.0, weight_norm=True)
-    optimizer, scheduler = build_optimizer(model, config, max_steps=5)
+    optimizer, scheduler = build_optimizer(model, config, max_steps=5, tokens_per_step=1)
     train(model, optimizer, scheduler)
     norm = model.get_parameter("layers.1.operator.gate_up_proj.weight").norm(dim=1)
     torch.testing.assert_close(norm, torch.ones_like(norm), atol=1e-5, rtol=0)
+
+
+def test_what_contradicts_itself_is_refused_at_once() -> None:
+    values = {"warmup_steps": 2, "warmup_tokens": 3, "weight_norm_embeddings": True}
+    with pytest.raises(ConfigError) as caught:
+        read(OptimizerConfig, values, "optimizer")
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "optimizer.warmup_tokens",
+        "optimizer.weight_norm_embeddings",
+    ]
 
 
 @pytest.mark.parametrize("change", [{"name": "adam"}, {"weight_norm": True}])
