@@ -61,7 +61,8 @@ def torch_causal_convolution(
     padded = with_tail(x, tail, width)
     if documents is None:
         y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels)
-        return y.transpose(1, 2)
+        # Laid out as its input: what comes after it goes token by token.
+        return y.transpose(1, 2).contiguous()
 
     ages, weight = documents.ages, weight.to(x.dtype)
     y = x * weight[:, -1]
