@@ -14,9 +14,9 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from search.forecast import Forecast, forecast
 from search.frontier import Point, hypervolume, non_dominated
@@ -24,6 +24,9 @@ from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal
 from search.offspring import mutant, propose_child
 from search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 # New candidates are chosen among those of so many draws that are new,
 NUM_DRAWS = 128
@@ -206,6 +209,9 @@ def _forecast(
 @cache
 def _libraries() -> ThreadpoolController:
     """Those with threads of their own, numpy's among them."""
+    # It writes to the environment when it is imported.
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController()
 
 
