@@ -22,19 +22,17 @@ import tempfile
 import time
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from latency.device import Device
-from latency.lock import device_lock
-from slm.architecture import Architecture
+# The processes that encode import this file: what only training needs is imported where it is used.
 from slm.data import DataConfig, PackedCorpus, TokenizerConfig, prepare
-from slm.data.datamodule import PackedDataModule
 from slm.data.shakespeare import scenes
-from slm.model import LanguageModel
-from slm.training.loss import next_token_loss
+
+if TYPE_CHECKING:
+    import torch
 
 VOCAB_SIZE = 4096
 OPERATORS = "attention(head_dim=32) ffn(ratio=2.0) mamba2(head_dim=32,state_size=32) ffn(ratio=2.0)"
@@ -45,6 +43,11 @@ WARMUP_STEPS = 3
 
 
 def main() -> None:
+    import torch
+
+    from latency.device import Device
+    from latency.lock import device_lock
+
     arguments = parse_arguments()
     device = Device.current(threads=arguments.threads)
     torch.set_num_threads(device.threads)
@@ -107,6 +110,13 @@ def measure_loading(
     corpus: PackedCorpus, device: torch.device, num_steps: int
 ) -> tuple[float, float]:
     """Median seconds of waiting for a batch, and of a whole step, the waiting included."""
+    import torch
+
+    from slm.architecture import Architecture
+    from slm.data.datamodule import PackedDataModule
+    from slm.model import LanguageModel
+    from slm.training.loss import next_token_loss
+
     text = f"width={WIDTH} vocab_size={corpus.vocab_size} | {OPERATORS}"
     model = LanguageModel(Architecture.parse(text)).to(device)
     optimizer = torch.optim.AdamW(model.parameters())

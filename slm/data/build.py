@@ -66,7 +66,9 @@ def prepare(
 
     verify: read all of a corpus that is there, not only its files' sizes.
 
-    Any number of processes may call it: one builds, the others wait. Files of a damaged corpus are
+    Any number of processes may call it: one builds, the others wait. It starts processes to encode
+    more than a few shards, which import the program that calls it: a script does its work below
+    `if __name__ == "__main__"`, and imports little above. Files of a damaged corpus are
     named, and they alone are written again. Raises ConfigError if the text cannot be had; whole
     shards of what was read of it are kept.
     """

@@ -13,11 +13,11 @@ import pytest
 from omegaconf import open_dict
 from test_prose import BOOK, NOVEL, write_rdb, write_sword
 
-from slm.config import CONFIG_DIR, compose
+from slm.config import CONFIG_DIR, ConfigError, compose
 from slm.data import PackedCorpus
 from slm.data.prose import AUSTEN, BIBLES
 from slm.data.tokenizer import load_tokenizer
-from slm.training.config import read_config
+from slm.training.config import TrainConfig, read_config
 from slm.training.fit import fit
 
 SMALL = [
@@ -71,13 +71,18 @@ def overrides(name: str, folder: Path) -> list[str]:
     return ["data.max_documents=40"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
-def test_it_trains_two_steps(name: str, tmp_path: Path) -> None:
-    arguments = [f"data={name}", f"data.cache_dir={tmp_path / 'cache'}"]
-    (composed,) = compose("train", [*arguments, *overrides(name, tmp_path), *SMALL])
+def config_of(name: str, folder: Path, *others: str) -> TrainConfig:
+    """A small training on a corpus that is shipped."""
+    arguments = [f"data={name}", f"data.cache_dir={folder / 'cache'}"]
+    (composed,) = compose("train", [*arguments, *overrides(name, folder), *SMALL, *others])
     with open_dict(composed):
         del composed["hydra"]
-    config = read_config(composed)
+    return read_config(composed)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
+def test_it_trains_two_steps(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path)
     result = fit(config, tmp_path / "run")
     assert result.steps == 2
     assert result.validation_loss < 7
@@ -93,3 +98,12 @@ def test_it_trains_two_steps(name: str, tmp_path: Path) -> None:
         assert begun == {"fineweb-edu-dedup,", "cosmopedia-v2,"}
     if name == "mixture":
         assert {"note", "A"} <= begun
+
+
+def test_a_model_that_cannot_hold_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    config = config_of("text", tmp_path, "model.vocab_size=299")
+    with pytest.raises(ConfigError) as caught:
+        fit(config, tmp_path / "run")
+    assert caught.value.problems == [
+        "model.vocab_size: 299 is too small for the tokenizer's 300 tokens"
+    ]

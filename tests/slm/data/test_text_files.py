@@ -215,8 +215,7 @@ def test_a_stream_that_breaks_off_keeps_what_was_read(
     overwrite(last, b"\0" * len(content))
     with pytest.raises(ConfigError, match="hub' cannot be read"):
         build("broken")
-    # How many depends on how far the reader has looked ahead.
-    assert list((tmp_path / "broken").glob(".*.partial/text-*.txt"))
+    assert len(list((tmp_path / "broken").glob(".*.partial/text-*.txt"))) == 3
     overwrite(last, content)
     again = build("broken")
     for file in expected.folder.iterdir():
