@@ -45,8 +45,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from latency.device import Device
-from latency.profile import profile
-from latency.request import Request, decoding, reference_decoding
+from latency.request import Request, decoding
 from latency.timer import Measurement, Protocol, measure_interleaved, quiet
 from latency.workload import Workload
 from search.config import plain
@@ -133,7 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings per arm to compare")
     parser.add_argument("--tokens", type=int, default=2**20, help="of each training")
-    parser.add_argument("--seconds", type=float, default=8.0, help="most for a measurement")
+    parser.add_argument("--seconds", type=float, default=16.0, help="most for a measurement")
     parser.add_argument("--processes", type=int, default=2, help="that train")
     parser.add_argument(
         "--threads", type=int, default=1, help="of a training, and of what is timed"
@@ -252,25 +251,17 @@ def matched_models(
     device: Device, protocol: Protocol
 ) -> tuple[dict[str, Architecture], dict[Architecture, Measurement]]:
     """The arms' architectures, and the latency of each as a multiple of the hybrid's."""
+    hybrid = model([MIXERS[name] for name in HYBRID], HYBRID_WIDTH)
 
     def measure(architecture: Architecture) -> float:
-        """A request, as a multiple of the reference's that ran interleaved."""
-        unit = protocol.compile_unit
-        needed = (reference_decoding(device, unit), decoding(architecture, WORKLOAD, device, unit))
-        compile_ahead(needed)
-        ratio = profile(architecture, WORKLOAD, device, protocol).request_per_reference
-        console.print(f"{ratio:.3f} of the reference: {architecture}", soft_wrap=True)
+        ratio = measure_together(hybrid, {architecture}, device, protocol)[architecture].median_ms
+        console.print(f"{ratio:.3f} of the hybrid's latency: {architecture}", soft_wrap=True)
         return ratio
 
-    hybrid = model([MIXERS[name] for name in HYBRID], HYBRID_WIDTH)
-    target = measure(hybrid)
     architectures = {name: hybrid for name in OPTIMIZERS if name not in MIXERS}
     architectures["hybrid_without_meta_tokens"] = replace(hybrid, meta_tokens=0)
     for name, mixer in MIXERS.items():
-        architectures[name] = of_equal_latency(mixer, measure, target)
-    compile_ahead(
-        decoding(each, WORKLOAD, device, protocol.compile_unit) for each in architectures.values()
-    )
+        architectures[name] = of_equal_latency(mixer, measure, target=1.0)
     others = set(architectures.values()) - {hybrid}
     return architectures, measure_together(hybrid, others, device, protocol)
 
@@ -318,21 +309,23 @@ def measure_together(
 
     In every placement all models are made anew; see `Protocol`.
     """
+    unit = protocol.compile_unit
+    models = {str(each): each for each in (hybrid, *sorted(others, key=str))}
+    compile_ahead(decoding(each, WORKLOAD, device, unit) for each in models.values())
+    share = replace(protocol, max_seconds=protocol.max_seconds / protocol.placements)
     placements: list[dict[str, Measurement]] = []
     held = []
-    models = {str(each): each for each in (hybrid, *sorted(others, key=str))}
     with quiet(device):
         for _ in range(protocol.placements):
             requests = {
-                text: Request(each, WORKLOAD, device, protocol.compile_unit)
-                for text, each in models.items()
+                text: Request(each, WORKLOAD, device, unit) for text, each in models.items()
             }
             # Kept, so that the next ones get memory of their own.
             held.append(requests)
             timing = measure_interleaved(
                 {text: request.run for text, request in requests.items()},
                 device,
-                protocol,
+                share,
                 derive=lambda samples: {
                     text: ms / samples[str(hybrid)] for text, ms in samples.items()
                 },
