@@ -97,8 +97,8 @@ CLAIMS = {
 }
 WORKLOAD = Workload(prompt_tokens=64, new_tokens=64)
 PROTOCOL = Protocol(compile_unit="operator")
-# Far longer than any training here: what hangs must not keep the others waiting for ever.
-TIME_LIMIT_S = 3600.0
+# Far longer than any training, also on a busy machine: what hangs must not do so for ever.
+TIME_LIMIT_S = 86_400.0
 
 console = Console(stderr=True)
 
@@ -106,11 +106,11 @@ console = Console(stderr=True)
 def main() -> None:
     arguments = parse_arguments()
     device = Device.current(threads=arguments.threads, kind="cpu")
-    proxy = recipe(arguments.tokens)
-    store = Store(arguments.results, {"source": arguments.source, **plain(proxy)})
+    proxy = proxy_config(arguments.tokens)
+    store = Store(arguments.results, recipe(arguments.source, proxy))
+    protocol = replace(PROTOCOL, max_seconds=arguments.seconds)
     if not store.architectures:
-        protocol = replace(PROTOCOL, max_seconds=arguments.seconds)
-        store.keep_models(*matched_models(device, protocol), device)
+        store.keep_models(matched_models(device, protocol))
     corpus = prepare(
         DataConfig(source=arguments.source, cache_dir=arguments.cache),
         TokenizerConfig(name="bpe", vocab_size=VOCAB_SIZE),
@@ -118,6 +118,8 @@ def main() -> None:
     )
     trainer = Trainer(corpus.folder.resolve(), proxy, arguments.threads)
     train_all(store, trainer, arguments.seeds, arguments.processes)
+    if not store.is_timed:
+        store.keep_latencies(time_models(store.architectures, device, protocol), device)
     results = {
         **{claim: compare(store, "hybrid", other) for claim, other in CLAIMS.items()},
         "latency_ratio": store.latency_ratios,
@@ -143,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recipe(tokens: int) -> ProxyConfig:
+def proxy_config(tokens: int) -> ProxyConfig:
     """How every arm is trained, but for what `OPTIMIZERS` says and the learning rate."""
     return ProxyConfig(
         rung_tokens=(tokens,),
@@ -155,6 +157,17 @@ def recipe(tokens: int) -> ProxyConfig:
         # Not by what the machine does fast: all must compute alike.
         precision="bfloat16",
     )
+
+
+def recipe(source: str, proxy: ProxyConfig) -> dict[str, Any]:
+    """What must be the same for trainings to be comparable; JSON-able."""
+    decisive = ("rung_tokens", "batch_size", "sequence_tokens", "validation_tokens")
+    trained = {name: plain(proxy)[name] for name in (*decisive, "gradient_clip", "precision")}
+    optimizers = {arm: plain(optimizer) for arm, optimizer in OPTIMIZERS.items()}
+    for optimizer in optimizers.values():
+        del optimizer["lr"]
+    rates = list(LEARNING_RATES)
+    return {"source": source, **trained, "learning_rates": rates, "optimizers": optimizers}
 
 
 # What is stored
@@ -179,7 +192,7 @@ class Store:
         self._path = path
         self._content: dict[str, Any] = {
             "recipe": wanted,
-            "models": {},
+            "architectures": {},
             "timing": None,
             "machines": {},
             "trainings": [],
@@ -190,14 +203,25 @@ class Store:
             raise SystemExit(f"{path}: made with {self._content['recipe']}, not {wanted}")
 
     @property
-    def architectures(self) -> dict[str, str]:
-        """By arm."""
-        return {arm: model["architecture"] for arm, model in self._content["models"].items()}
+    def architectures(self) -> dict[str, Architecture]:
+        """By arm; empty before they have been chosen."""
+        texts = self._content["architectures"]
+        return {arm: Architecture.parse(text) for arm, text in texts.items()}
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the latency of every arm is known as well as the protocol asks."""
+        timing = self._content["timing"]
+        return timing is not None and all(each["converged"] for each in timing["ratios"].values())
 
     @property
     def latency_ratios(self) -> dict[str, list[float]]:
         """By arm, [low, ratio, high]."""
-        return {arm: model["latency_ratio"] for arm, model in self._content["models"].items()}
+        ratios = self._content["timing"]["ratios"]
+        return {
+            arm: [ratio["low_ms"], ratio["median_ms"], ratio["high_ms"]]
+            for arm, ratio in ratios.items()
+        }
 
     @property
     def losses(self) -> dict[Run, float]:
@@ -209,27 +233,17 @@ class Store:
             for row in self._content["trainings"]
         }
 
-    def keep_models(
-        self,
-        architectures: dict[str, Architecture],
-        ratios: dict[Architecture, Measurement],
-        device: Device,
-    ) -> None:
-        """Keep what the arms are, and how long they take."""
-        self._content["timing"] = {"workload": plain(WORKLOAD), "device": device.describe()}
-        self._content["models"] = {
-            arm: {
-                "architecture": str(architecture),
-                "parameters": architecture.parameters(),
-                "latency_ratio": [
-                    ratios[architecture].low_ms,
-                    ratios[architecture].median_ms,
-                    ratios[architecture].high_ms,
-                ],
-                "converged": ratios[architecture].converged,
-                "quiet": ratios[architecture].quiet,
-            }
-            for arm, architecture in architectures.items()
+    def keep_models(self, architectures: dict[str, Architecture]) -> None:
+        """Keep what the arms are."""
+        self._content["architectures"] = {arm: str(each) for arm, each in architectures.items()}
+        self._write()
+
+    def keep_latencies(self, ratios: dict[str, Measurement], device: Device) -> None:
+        """Keep how long they take."""
+        self._content["timing"] = {
+            "workload": plain(WORKLOAD),
+            "device": device.describe(),
+            "ratios": {arm: ratio.to_dict() for arm, ratio in ratios.items()},
         }
         self._write()
 
@@ -247,10 +261,8 @@ class Store:
 # Models of equal latency
 
 
-def matched_models(
-    device: Device, protocol: Protocol
-) -> tuple[dict[str, Architecture], dict[Architecture, Measurement]]:
-    """The arms' architectures, and the latency of each as a multiple of the hybrid's."""
+def matched_models(device: Device, protocol: Protocol) -> dict[str, Architecture]:
+    """The arms' architectures."""
     hybrid = model([MIXERS[name] for name in HYBRID], HYBRID_WIDTH)
 
     def measure(architecture: Architecture) -> float:
@@ -262,8 +274,19 @@ def matched_models(
     architectures["hybrid_without_meta_tokens"] = replace(hybrid, meta_tokens=0)
     for name, mixer in MIXERS.items():
         architectures[name] = of_equal_latency(mixer, measure, target=1.0)
+    return architectures
+
+
+def time_models(
+    architectures: dict[str, Architecture], device: Device, protocol: Protocol
+) -> dict[str, Measurement]:
+    """By arm, the latency as a multiple of the hybrid's, all timed together."""
+    hybrid = architectures["hybrid"]
     others = set(architectures.values()) - {hybrid}
-    return architectures, measure_together(hybrid, others, device, protocol)
+    # As much time for each as where two are compared.
+    longer = replace(protocol, max_seconds=protocol.max_seconds * len(others))
+    ratios = measure_together(hybrid, others, device, longer)
+    return {arm: ratios[each] for arm, each in architectures.items()}
 
 
 def model(mixers: Sequence[str], width: int, ffn_ratio: float = FFN_RATIO) -> Architecture:
@@ -393,7 +416,7 @@ def train_all(store: Store, trainer: Trainer, seeds: int, processes: int) -> Non
                 for run in list(islice(todo, len(idle))):
                     worker = idle.pop()
                     optimizer = replace(OPTIMIZERS[run.arm], lr=run.lr)
-                    job = (store.architectures[run.arm], optimizer, run.seed)
+                    job = (str(store.architectures[run.arm]), optimizer, run.seed)
                     future = pool.submit(worker.run, "train", *job, time_limit_s=TIME_LIMIT_S)
                     running[future] = run, worker
                 if not running:

@@ -13,7 +13,6 @@ import pytest
 
 from latency.device import Device
 from latency.timer import Measurement
-from search.config import plain
 
 
 def run(root: Path, name: str, *arguments: str) -> dict[str, Any]:
@@ -144,7 +143,16 @@ def test_search_efficiency(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_claims(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All arms with models of one size, by few tokens; it goes on from what has been trained."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    from claims import CLAIMS, LEARNING_RATES, MIXERS, OPTIMIZERS, Store, model, recipe
+    from claims import (
+        CLAIMS,
+        LEARNING_RATES,
+        MIXERS,
+        OPTIMIZERS,
+        Store,
+        model,
+        proxy_config,
+        recipe,
+    )
 
     tokens = 1024
     path = tmp_path / "claims.json"
@@ -152,9 +160,10 @@ def test_claims(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ratio = Measurement(
         median_ms=1.0, low_ms=0.9, high_ms=1.1, iqr_ms=0.1, n=9, converged=True, quiet=True
     )
-    store = Store(path, {"source": "shakespeare", **plain(recipe(tokens))})
+    store = Store(path, recipe("shakespeare", proxy_config(tokens)))
     device = Device.current(threads=1, kind="cpu")
-    store.keep_models(models, dict.fromkeys(models.values(), ratio), device)
+    store.keep_models(models)
+    store.keep_latencies(dict.fromkeys(OPTIMIZERS, ratio), device)
     options = ["--tokens", str(tokens), "--source", "shakespeare", "--results", str(path)]
     options += ["--cache", str(tmp_path / "cache")]
     results = run(root, "claims", *options, "--seeds", "2")
