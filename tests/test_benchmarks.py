@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latency.device import Device
+from latency.timer import Measurement
+
 
 def run(root: Path, name: str, *arguments: str) -> dict[str, Any]:
     """What a benchmark's last line holds."""
@@ -150,3 +153,75 @@ def test_search_efficiency(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low = bench.budgets[3]
     assert tokens[-1] == len(bench.feasible) * low + 10 * (bench.full_tokens - low)
     assert set(METHODS) > set(curves)
+
+
+def test_claims(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arms with models of one size, by few tokens; it goes on from what has been trained."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from claims import (
+        CLAIMS,
+        LEARNING_RATES,
+        MIXERS,
+        OPTIMIZERS,
+        Store,
+        model,
+        proxy_config,
+        recipe,
+    )
+
+    tokens = 1024
+    path = tmp_path / "claims.json"
+    models = {arm: model([MIXERS.get(arm, MIXERS["mamba2"])], 64) for arm in OPTIMIZERS}
+    ratio = Measurement(
+        median_ms=1.0, low_ms=0.9, high_ms=1.1, iqr_ms=0.1, n=9, converged=True, quiet=True
+    )
+    store = Store(path, recipe("shakespeare", proxy_config(tokens)))
+    device = Device.current(threads=1, kind="cpu")
+    store.keep_models(models)
+    store.keep_latencies(dict.fromkeys(OPTIMIZERS, ratio), device)
+    options = ["--tokens", str(tokens), "--source", "shakespeare", "--results", str(path)]
+    options += ["--cache", str(tmp_path / "cache")]
+    results = run(root, "claims", *options, "--seeds", "2")
+    assert results["latency_ratio"] == {arm: [0.9, 1.0, 1.1] for arm in OPTIMIZERS}
+    for claim, other in CLAIMS.items():
+        found = results[claim]
+        assert found["arms"] == ["hybrid", other]
+        assert found["seeds"] == [0, 1]
+        assert found["low"] <= found["difference"] <= found["high"]
+        assert found["difference"] == pytest.approx(found["loss"][0] - found["loss"][1])
+    trainings = json.loads(path.read_text())["trainings"]
+    assert len(trainings) == len(OPTIMIZERS) * (len(LEARNING_RATES) + 1)
+
+    # What was not done yet is done again, to the same loss, and nothing else.
+    lost = trainings.pop()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trainings": trainings}))
+    assert run(root, "claims", *options, "--seeds", "2") == results
+    *others, again = json.loads(path.read_text())["trainings"]
+    assert others == trainings
+    assert again["loss"] == lost["loss"]
+
+
+def test_claims_learning_rates_and_models(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate is chosen by seed 0 alone; the model is the one nearest in latency."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from claims import LEARNING_RATES, MIXERS, Run, best_lr, of_equal_latency, paired_interval
+
+    losses = {
+        Run("hybrid", lr, 0): loss for lr, loss in zip(LEARNING_RATES, (4.0, 3.0), strict=False)
+    }
+    assert best_lr(losses, "hybrid") is None
+    losses |= {
+        Run("hybrid", LEARNING_RATES[2], 0): math.inf,
+        Run("hybrid", LEARNING_RATES[0], 1): 2.0,
+    }
+    assert best_lr(losses, "hybrid") == LEARNING_RATES[1]
+
+    target = 1_500_000
+    for mixer in MIXERS.values():
+        found = of_equal_latency(mixer, lambda each: float(each.parameters()), target)
+        assert found.parameters() == pytest.approx(target, rel=0.02)
+
+    mean, low, high = paired_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)
+    assert paired_interval([1.0]) == (1.0, None, None)
+    assert paired_interval([]) == paired_interval([1.0, math.inf]) == (None, None, None)
