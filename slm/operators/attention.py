@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slm.kernels.attention import Keys, attention, attention_step, masked_attention, rotate
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
+from slm.operators.parts import RMSNorm
 
 # Compiled and captured steps attend to whole blocks of so many places.
 PLACES_BLOCK = 64
@@ -275,8 +276,8 @@ class Attention(Operator):
         self.qkv_proj = nn.Linear(width, width + 2 * kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+            self.q_norm = RMSNorm(config.head_dim, eps=1e-6)
+            self.k_norm = RMSNorm(config.head_dim, eps=1e-6)
 
     def scan(
         self, x: Tensor, sequence: Sequence, start: KeyValues | None
