@@ -17,6 +17,7 @@ from slm.architecture import Architecture
 from slm.kernels.cross_entropy import linear_cross_entropy
 from slm.kernels.documents import Documents
 from slm.operators import OPERATORS, OperatorConfig, Sequence, State
+from slm.operators.parts import RMSNorm
 
 INITIAL_STD = 0.02
 
@@ -40,7 +41,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: OperatorConfig, width: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.norm = RMSNorm(width, eps=norm_eps)
         self.operator = OPERATORS[config.name](config, width)
 
     def forward(self, x: Tensor, sequence: Sequence, start: Any) -> tuple[Tensor, Any]:
@@ -109,7 +110,7 @@ class LanguageModel(nn.Module):
         layers = [Layer(config, width, architecture.norm_eps) for config in architecture.operators]
         # A ModuleList; the cast gives its items their type.
         self.layers = cast("list[Layer]", nn.ModuleList(layers))
-        self.norm = nn.RMSNorm(width, eps=architecture.norm_eps)
+        self.norm = RMSNorm(width, eps=architecture.norm_eps)
         if not architecture.tie_embeddings:
             self.head = nn.Linear(width, vocab_size, bias=False)
         self.reset_parameters()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm.kernels.backend import current_backend, use_fla
+from slm.kernels.documents import Documents
 from slm.kernels.precision import accumulation_dtype
 
 
@@ -68,6 +69,31 @@ class Keys:
         if self.documents is None or queries.documents is None:
             return visible
         return visible & (queries.documents.unsqueeze(-1) == self.documents.unsqueeze(-2))
+
+
+def attention_after(q: Tensor, k: Tensor, v: Tensor, before: Keys | None) -> Tensor:
+    """Causal attention [B, T, H, K] of rows, all of which see all of `before`, too."""
+    if before is None:
+        return attention(q, k, v, None)
+    # Plain causal masks let the first query see the first key: pad with queries of nobody.
+    num_before = before.k.shape[1]
+    k, v = (
+        torch.cat([x.expand(len(q), -1, -1, -1), y], dim=1)
+        for x, y in ((before.k, k), (before.v, v))
+    )
+    return attention(F.pad(q, (0, 0, 0, 0, num_before, 0)), k, v, None)[:, num_before:]
+
+
+def attention_by_document(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, before: Keys | None
+) -> Tensor:
+    """As `attention_after`, document by document: what they do not see is not computed."""
+    parts = (x.flatten(0, 1).unsqueeze(0).split(documents.lengths, dim=1) for x in (q, k, v))
+    outputs = [
+        attention_after(one_q, one_k, one_v, before)
+        for one_q, one_k, one_v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).view(q.shape)
 
 
 def masked_attention(

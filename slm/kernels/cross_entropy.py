@@ -4,7 +4,8 @@
 
 Tokens go in chunks, and the gradients of a chunk, (softmax(z) − onehot(t)) W and its transpose's
 product with h, are computed beside its loss, so that logits live for one chunk only (Wijmans et al.
-2024, "Cut Your Losses in Large-Vocabulary Language Models", on why logits take most memory).
+2024, "Cut Your Losses in Large-Vocabulary Language Models", on why logits take most memory). What
+is elementwise goes in blocks of a chunk.
 
 Letters: N tokens, D width, V vocabulary.
 hidden [N, D]; weight [V, D]; row_norms [V] or None; targets [N] int64. Products are computed in the
@@ -13,7 +14,7 @@ dtype of autocast, if that is on, and all else in at least fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,10 +26,12 @@ from slm.kernels.precision import accumulation_dtype
 
 FLA = "modules.fused_linear_cross_entropy.fused_linear_cross_entropy_loss"
 
-# Logits of a chunk: little enough for caches, but of enough tokens for fast products and for the
-# weight's gradient, which every chunk adds to, to be touched seldom.
-CHUNK_BYTES = 8 * 2**20
-MIN_CHUNK_TOKENS = 512
+# Enough for fast products, and for the weight's gradient, which every chunk adds to, to be touched
+# seldom.
+CHUNK_TOKENS = 512
+# Logits of a block stay in the cache, where that leaves it enough tokens.
+BLOCK_BYTES = 2 * 2**20
+MIN_BLOCK_TOKENS = 128
 
 
 def linear_cross_entropy(
@@ -46,15 +49,21 @@ def linear_cross_entropy(
 
 
 def chunk_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    block_tokens: int | None = None,
 ) -> Tensor:
-    """By chunks of tokens; None: of as many as CHUNK_BYTES allow, or MIN_CHUNK_TOKENS."""
-    if chunk_tokens is None:
+    """By chunks of tokens, and blocks of these; None: as many as BLOCK_BYTES allow."""
+    if block_tokens is None:
         logits_bytes = len(weight) * accumulation_dtype(hidden).itemsize
-        chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // logits_bytes)
+        block_tokens = max(MIN_BLOCK_TOKENS, BLOCK_BYTES // logits_bytes)
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk_tokens)
+        return _LinearCrossEntropy.apply(
+            hidden, weight, targets.unsqueeze(-1), dtype, chunk_tokens, block_tokens
+        )
 
 
 def fla_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -81,28 +90,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         chunk_tokens: int,
+        block_tokens: int,
     ) -> Tensor:
-        """See `linear_cross_entropy`."""
+        """See `chunk_linear_cross_entropy`; targets [N, 1]."""
         total = hidden.new_zeros((), dtype=accumulation_dtype(hidden))
         needs_gradients = any(ctx.needs_input_grad)
-        if needs_gradients:
-            d_hidden = torch.empty_like(hidden)
-            d_weight = torch.zeros_like(weight)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight if needs_gradients else weight[:0])
         W = weight.to(dtype)
-        parts = (x.split(chunk_tokens) for x in (hidden, targets.unsqueeze(-1)))
-        for index, (h, target) in enumerate(zip(*parts, strict=True)):
+        for h, dh, target in _split(chunk_tokens, hidden, d_hidden, targets):
             h = h.to(dtype)
-            logits = (h @ W.T).to(total.dtype)
-            log_p = logits.log_softmax(-1)
-            total -= log_p.gather(-1, target).sum()
-            if not needs_gradients:
-                continue
-            d_logits = log_p.exp_()
-            d_logits.scatter_add_(-1, target, d_logits.new_full(target.shape, -1.0))
-            d_logits = d_logits.to(dtype)
-            begin = index * chunk_tokens
-            d_hidden[begin : begin + len(h)] = d_logits @ W
-            d_weight += d_logits.T @ h
+            d_logits = h.new_empty(len(h), len(W))
+            for x, dz, t in _split(block_tokens, h, d_logits, target):
+                log_p = (x @ W.T).to(total.dtype).log_softmax(-1)
+                total -= log_p.gather(-1, t).sum()
+                if needs_gradients:
+                    p = log_p.exp_()
+                    dz.copy_(p.scatter_add_(-1, t, p.new_full(t.shape, -1.0)))
+            if needs_gradients:
+                dh.copy_(d_logits @ W)
+                d_weight += d_logits.T @ h
         if needs_gradients:
             ctx.save_for_backward(d_hidden, d_weight)
         ctx.num_tokens = len(hidden)
@@ -113,4 +120,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of hidden and weight."""
         scale = gradient / ctx.num_tokens
-        return *(x * scale for x in ctx.saved_tensors), None, None, None
+        return *(x * scale for x in ctx.saved_tensors), None, None, None, None
+
+
+def _split(num_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of so many tokens of each tensor [N, ...] in turn."""
+    return zip(*(x.split(num_tokens) for x in tensors), strict=True)

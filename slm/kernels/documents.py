@@ -56,6 +56,11 @@ class Documents:
         return F.pad(self.first_tokens, (0, 1), value=self.begins.numel())
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each of the N documents. Waits for the device."""
+        return self.cu_seqlens.diff().tolist()
+
+    @cached_property
     def last_of_rows(self) -> Tensor:
         """[B] int64: which of the N documents each row ends with."""
         return self.begins.sum(dim=1).cumsum(dim=0) - 1

@@ -12,11 +12,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slm.kernels.attention import Keys, attention, attention_step, masked_attention, rotate
+from slm.kernels.attention import (
+    Keys,
+    attention_after,
+    attention_by_document,
+    attention_step,
+    masked_attention,
+    rotate,
+)
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
+from slm.operators.parts import RMSNorm
 
 # Compiled and captured steps attend to whole blocks of so many places.
 PLACES_BLOCK = 64
+# Documents of so many tokens on average are attended to one by one.
+DOCUMENT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -275,8 +285,8 @@ class Attention(Operator):
         self.qkv_proj = nn.Linear(width, width + 2 * kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+            self.q_norm = RMSNorm(config.head_dim, eps=1e-6)
+            self.k_norm = RMSNorm(config.head_dim, eps=1e-6)
 
     def scan(
         self, x: Tensor, sequence: Sequence, start: KeyValues | None
@@ -326,14 +336,27 @@ class Attention(Operator):
         self, q: Tensor, new: KeyValues, sequence: Sequence, start: KeyValues | None
     ) -> Tensor:
         """y [B, T, H, K] of the new tokens."""
-        config, num_tokens = self.config, q.shape[1]
-        sees_all = config.num_seen(num_tokens) == num_tokens
-        if start is None and sequence.documents is None and sees_all:
-            return attention(q, new.keys, new.values, None)
-        numbers = None if sequence.documents is None else sequence.documents.numbers
-        keys = Keys(new.keys, new.values, new.positions, numbers)
+        config, documents = self.config, sequence.documents
         before = None
         if start is not None:
             before = Keys(start.keys.to(q.dtype), start.values.to(q.dtype), start.positions)
+        if self._is_causal(q, start):
+            if documents is None:
+                return attention_after(q, new.keys, new.values, before)
+            # So many calls pay where one costs little.
+            is_long = documents.begins.numel() >= DOCUMENT_TOKENS * len(documents.lengths)
+            if q.device.type == "cpu" and is_long and (before is None or len(before.k) == 1):
+                return attention_by_document(q, new.keys, new.values, documents, before)
+        numbers = None if documents is None else documents.numbers
+        keys = Keys(new.keys, new.values, new.positions, numbers)
         least = 0 if start is None else start.least_position
         return masked_attention(q, keys, before, config.window, config.pinned_tokens, least)
+
+    def _is_causal(self, q: Tensor, start: KeyValues | None) -> bool:
+        """Whether each token sees all that come before it, the memory's being all real."""
+        num_tokens = q.shape[1]
+        if start is None:
+            return self.config.num_seen(num_tokens) == num_tokens
+        num_before = start.keys.shape[1]
+        # Those before cost as many queries.
+        return self.config.window is None and start.least_position == num_before <= num_tokens

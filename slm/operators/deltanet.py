@@ -22,7 +22,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import unit
+from slm.operators.parts import RMSNorm, unit
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DeltaNet(Operator):
         self.convolution = nn.Conv1d(
             3 * width, 3 * width, config.conv_width, groups=3 * width, bias=False
         )
-        self.o_norm = nn.RMSNorm(config.head_dim, eps=1e-5)
+        self.o_norm = RMSNorm(config.head_dim, eps=1e-5)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def scan(

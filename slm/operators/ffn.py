@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slm.kernels.swiglu import swiglu
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
 
 
@@ -99,5 +100,4 @@ class FFN(Operator):
     def _mix(self, x: Tensor) -> Tensor:
         if self.config.activation == "relu2":
             return self.down_proj(F.relu(self.gate_up_proj(x)).square())
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))

@@ -24,7 +24,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import reset_step_sizes, unit
+from slm.operators.parts import RMSNorm, reset_step_sizes, unit
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class GatedDeltaNet(Operator):
         )
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        self.o_norm = nn.RMSNorm(self.value_size, eps=1e-5)
+        self.o_norm = RMSNorm(self.value_size, eps=1e-5)
         self.o_proj = nn.Linear(self.values, width, bias=False)
         self.reset_parameters()
 

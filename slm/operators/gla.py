@@ -23,7 +23,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import no_tail
+from slm.operators.parts import RMSNorm, no_tail
 
 DECAY_RANK = 16
 # Takes the decay of a token close to one at first: sigmoid(0) ** (1 / 16) = 0.96.
@@ -102,7 +102,7 @@ class GLA(Operator):
         self.in_proj = nn.Linear(width, 2 * keys + 2 * values, bias=False)
         self.decay_down_proj = nn.Linear(width, DECAY_RANK, bias=False)
         self.decay_up_proj = nn.Linear(DECAY_RANK, keys)
-        self.o_norm = nn.RMSNorm(self.value_size, eps=1e-5)
+        self.o_norm = RMSNorm(self.value_size, eps=1e-5)
         self.o_proj = nn.Linear(values, width, bias=False)
 
     def scan(

@@ -24,7 +24,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import reset_step_sizes, unit
+from slm.operators.parts import RMSNorm, reset_step_sizes, unit
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class KDA(Operator):
         )
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(width))
-        self.o_norm = nn.RMSNorm(config.head_dim, eps=1e-5)
+        self.o_norm = RMSNorm(config.head_dim, eps=1e-5)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.reset_parameters()
 

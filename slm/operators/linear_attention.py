@@ -25,7 +25,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import no_tail
+from slm.operators.parts import RMSNorm, no_tail
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class LinearAttention(Operator):
         self.features: Callable[[Tensor], Tensor] = (
             ElementwiseProduct(config.head_dim) if config.is_learned else _elu_plus_one
         )
-        self.o_norm = nn.RMSNorm(config.head_dim, eps=1e-5)
+        self.o_norm = RMSNorm(config.head_dim, eps=1e-5)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def scan(

@@ -22,7 +22,7 @@ from slm.operators.base import (
     Sequence,
     register,
 )
-from slm.operators.parts import reset_step_sizes
+from slm.operators.parts import RMSNorm, reset_step_sizes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Mamba2(Operator):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.norm = RMSNorm(self.inner, eps=1e-5)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.reset_parameters()
 

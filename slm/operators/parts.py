@@ -8,9 +8,24 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slm.kernels.norm import rms_norm
 from slm.kernels.precision import accumulation_dtype
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's module, of one axis, by the kernel `rms_norm`."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm over the last axis of x [..., D]."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
 """Windowed attention by blocks against a softmax over masks written from their definition."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from numerics import relative_rms
+from numerics import LargestTensor, relative_rms
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from slm.kernels.attention import Keys, masked_attention
+from slm.kernels.attention import (
+    Keys,
+    attention_after,
+    attention_by_document,
+    masked_attention,
+)
+from slm.kernels.documents import Documents
 
 B, T, H, G, K = 2, 50, 4, 2, 8
 NUM_BEFORE = 6
@@ -75,20 +78,6 @@ def test_blocks_equal_a_dense_softmax(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Sees how large the largest result is."""
-
-    num_values = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self.num_values = max(self.num_values, *sizes, 0)
-        return result
-
-
 @pytest.mark.parametrize("has_documents", [False, True], ids=["rows", "documents"])
 def test_memory_does_not_grow_with_the_square_of_the_row(has_documents: bool) -> None:
     num_tokens, window = 4096, 64
@@ -99,3 +88,34 @@ def test_memory_does_not_grow_with_the_square_of_the_row(has_documents: bool) ->
     with LargestTensor() as largest:
         masked_attention(x, new, None, window, num_pinned=8)
     assert largest.num_values <= 128 * (window + 128 + 8)
+
+
+@pytest.mark.parametrize("num_before", [0, NUM_BEFORE])
+@pytest.mark.parametrize("has_documents", [False, True], ids=["rows", "documents"])
+def test_causal_attention_after_what_all_see(num_before: int, has_documents: bool) -> None:
+    """Without a mask, against the same with one."""
+    q = torch.randn(B, T, H, K, dtype=torch.float64, requires_grad=True)
+    k, v = tensors(T)
+    leaves, before = [q, k, v], None
+    if num_before:
+        pair = tensors(num_before, batch_size=1)
+        before = Keys(*pair, torch.arange(num_before)[None])
+        leaves += pair
+    begins = torch.zeros(B, T, dtype=torch.bool)
+    for row, cut in enumerate(CUTS):
+        begins[row, cut[:-1] if has_documents else 0] = True
+    documents = Documents(begins)
+    new = Keys(k, v, num_before + documents.ages, documents.numbers)
+    expected = masked_attention(q, new, before, window=None)
+    if has_documents:
+        actual = attention_by_document(q, k, v, documents, before)
+    else:
+        actual = attention_after(q, k, v, before)
+    assert relative_rms(actual, expected) < 1e-14
+    outputs = torch.randn_like(expected)
+    for ours, masked in zip(
+        torch.autograd.grad(actual, leaves, outputs),
+        torch.autograd.grad(expected, leaves, outputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, masked, rtol=1e-12, atol=1e-12)
