@@ -20,6 +20,7 @@ from slm.kernels.attention import (
     masked_attention,
     rotate,
 )
+from slm.kernels.documents import Documents
 from slm.operators.base import Operator, OperatorConfig, Sequence, State, register
 from slm.operators.parts import RMSNorm
 
@@ -343,14 +344,19 @@ class Attention(Operator):
         if self._is_causal(q, start):
             if documents is None:
                 return attention_after(q, new.keys, new.values, before)
-            # So many calls pay where one costs little.
-            is_long = documents.begins.numel() >= DOCUMENT_TOKENS * len(documents.lengths)
-            if q.device.type == "cpu" and is_long and (before is None or len(before.k) == 1):
+            is_shared = before is None or len(before.k) == 1
+            if is_shared and self._goes_by_document(q, documents):
                 return attention_by_document(q, new.keys, new.values, documents, before)
         numbers = None if documents is None else documents.numbers
         keys = Keys(new.keys, new.values, new.positions, numbers)
         least = 0 if start is None else start.least_position
         return masked_attention(q, keys, before, config.window, config.pinned_tokens, least)
+
+    def _goes_by_document(self, q: Tensor, documents: Documents) -> bool:
+        """Whether a call for each document pays: where one costs little, and none is compiled."""
+        if q.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return documents.begins.numel() >= DOCUMENT_TOKENS * len(documents.lengths)
 
     def _is_causal(self, q: Tensor, start: KeyValues | None) -> bool:
         """Whether each token sees all that come before it, the memory's being all real."""
