@@ -22,6 +22,11 @@ def initial_state(start: Tensor | None, shape: tuple[int, ...], like: Tensor) ->
     return start.to(like.dtype).expand(shape)
 
 
+def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b [B, H, N, M], of a [B, H, N, K] and b [B, H, K, M], to `target` in place."""
+    target.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+
+
 class Chunks:
     """The chunks of rows of T tokens, and who sees whom inside each of them.
 

@@ -1,71 +1,77 @@
-"""Products of queries and keys that decay with the tokens between them.
+"""Decays between tokens, and products of queries and keys that decay with the tokens between them.
 
-With one decay per token, `gated_products`:
-
-    P_ij = Σ_k x_ik y_jk exp(a_i − a_j)    where j is visible to i, else 0
-
-With one for every channel, `decayed_products`:
+Decays between tokens i and j <= i are exp(a_i − a_j), a being sums of log decays along the tokens:
+at most one, while exp(a) and exp(−a) on their own would leave the range of fp32. With one decay per
+token, `between` makes a matrix of them. With one for every channel, `decayed_products`:
 
     P_ij = Σ_k x_ik y_jk exp(a_ik − b_jk)    for j < i, else 0
 
-a and b are sums of log decays along the tokens, so a_i <= b_j wherever j < i and the exponential is
-at most one; exp(a) and exp(−b) on their own would leave the range of fp32. Therefore the tokens are
-halved again and again: between the two halves of a block the decay passes through the point between
-them, a_i − b_j = (a_i − m) + (m − b_j), both at most zero, and a matrix product does the rest.
-Yang et al. 2023 (GLA) split chunks once for the same reason.
+where a_i <= b_j. There the tokens are halved again and again: between the two halves of a block the
+decay passes through the point between them, a_i − b_j = (a_i − m) + (m − b_j), both at most zero,
+and a matrix product does the rest. Yang et al. 2023 (GLA) split chunks once for the same reason.
 
-Letters: L tokens, for decays per channel a power of two; K channels; R and S vectors per token on
-either side.
+Letters: B rows, T tokens, H heads, C chunks, L tokens per chunk, for decays per channel a power of
+two; K channels; R and S vectors per token on either side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slm.kernels.chunking import Chunks
 
-def gated_products(
-    xs: tuple[Tensor, ...], y: Tensor, a: Tensor, visible: Tensor
-) -> tuple[Tensor, ...]:
-    """P [..., L, L] of each x [..., L, K] with y [..., L, K] and a [..., L, 1].
 
-    visible: bool, broadcast to [..., L, L].
+def without_first(g: Tensor) -> Tensor:
+    """Log decays g [B, T, H] of rows that begin with nothing.
+
+    The first of each finds nothing to make less: its gradient is zero, not rounding.
     """
-    return _GatedProducts.apply(y, a, visible, *xs)
+    return F.pad(g[:, 1:], (0, 0, 1, 0))
 
 
-class _GatedProducts(torch.autograd.Function):
-    """∂a follows from P ∂P, so neither the decays nor the bare products have to be kept."""
+class ChunkDecays(NamedTuple):
+    """Decays within chunks, [C, B, H, ...].
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, a: Tensor, visible: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        """See `gated_products`."""
-        decay = between(a, visible)
-        products = tuple((x @ y.mT) * decay for x in xs)
-        ctx.save_for_backward(y, a, visible, *xs, *products)
-        return products
+    sums: [..., L, 1], of log decays from the chunk's first token on. begin: [..., L, 1], from where
+    the token's document or the chunk begins. end: [..., L, 1], to the chunk's end, zero for tokens
+    of another document than the chunk ends with. old, initial: [..., 1, 1], of the state before
+    the chunk and of the initial one in the state after it; no initial without documents.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of y, a, and every x."""
-        y, a, visible, *saved = ctx.saved_tensors
-        xs, products = saved[: len(gradients)], saved[len(gradients) :]
-        decay = between(a, visible)
-        da, dy, dxs = torch.zeros_like(a), torch.zeros_like(y), []
-        for x, product, gradient in zip(xs, products, gradients, strict=True):
-            weighted = gradient * product
-            da += weighted.sum(-1, keepdim=True)
-            da -= weighted.sum(-2).unsqueeze(-1)
-            bare = torch.mul(gradient, decay, out=weighted)
-            bare = bare.sum_to_size(*x.shape[:-1], y.shape[-2])
-            dxs.append(bare @ y)
-            dy += bare.mT @ x
-        return dy, da, None, *dxs
+    sums: Tensor
+    begin: Tensor
+    end: Tensor
+    old: Tensor
+    initial: Tensor | None
+
+    @classmethod
+    def of(cls, g: Tensor, chunks: Chunks) -> ChunkDecays:
+        """Of log decays g [B, T, H]."""
+        g = chunks.split(g.unsqueeze(-1))
+        sums = g.cumsum(dim=-2)
+        begin = chunks.since_begin(sums, sums - g).exp()
+        end = chunks.only_last((sums[..., -1:, :] - sums).exp())
+        old = begin[..., -1:, :]
+        if chunks.fresh is None:
+            return cls(sums, begin, end, old, None)
+        opens = chunks.fresh[..., -1:, :]
+        return cls(sums, begin, end, old.masked_fill(opens, 0.0), old.masked_fill(~opens, 0.0))
+
+    def gradient(self, d_sums: Tensor, ends: Tensor, chunks: Chunks) -> Tensor:
+        """∂g [B, T, H]: Σ ∂a from each token to where its document or chunk ends, and ⟨S, ∂S⟩.
+
+        d_sums: [C, B, H, L, 1], of the sums of log decays a. ends: [C, B, H, 1, 1], ⟨S, ∂S⟩ of the
+        state S after the chunk, which has met all decays of the document that the chunk ends with.
+        """
+        visible = chunks.visible.squeeze(2).to(d_sums.dtype)
+        later = (d_sums.squeeze(-1) @ visible).unsqueeze(-1)
+        return chunks.join(later + chunks.only_last(ends.expand_as(d_sums))).squeeze(-1)
 
 
 def between(a: Tensor, visible: Tensor) -> Tensor:

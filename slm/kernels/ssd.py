@@ -12,16 +12,15 @@ Everything is computed, and the state kept, in at least fp32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slm.kernels.backend import fla_function, run_fla, use_fla
 from slm.kernels.chunking import Chunks, initial_state
-from slm.kernels.decay import between
+from slm.kernels.decay import ChunkDecays, between, without_first
 from slm.kernels.documents import Documents
 from slm.kernels.precision import at_least_fp32
 
@@ -72,47 +71,16 @@ def chunk_ssd(
     initial = initial_state(start, (*g[:, 0].shape, k.shape[-1], v.shape[-1]), like=v)
     chunks = Chunks(q.shape[1], chunk_size, documents, q.device)
     if start is None:
-        # A row's first decay finds nothing: its gradient is zero, not rounding.
-        g = F.pad(g[:, 1:], (0, 0, 1, 0))
+        g = without_first(g)
     return _ChunkSSD.apply(q, k, v, g, initial, chunks)
-
-
-class _Decays(NamedTuple):
-    """Decays within chunks, [C, B, H, ...].
-
-    sums: [..., L, 1], of log decays from the chunk's first token on. begin: [..., L, 1], from where
-    the token's document or the chunk begins. end: [..., L, 1], to the chunk's end, zero for tokens
-    of another document than the chunk ends with. old, initial: [..., 1, 1], of the state before
-    the chunk and of the initial one in the state after it; no initial without documents.
-    """
-
-    sums: Tensor
-    begin: Tensor
-    end: Tensor
-    old: Tensor
-    initial: Tensor | None
-
-    @classmethod
-    def of(cls, g: Tensor, chunks: Chunks) -> _Decays:
-        """Of log decays g [B, T, H]."""
-        g = chunks.split(g.unsqueeze(-1))
-        sums = g.cumsum(dim=-2)
-        begin = chunks.since_begin(sums, sums - g).exp()
-        end = chunks.only_last((sums[..., -1:, :] - sums).exp())
-        old = begin[..., -1:, :]
-        if chunks.fresh is None:
-            return cls(sums, begin, end, old, None)
-        opens = chunks.fresh[..., -1:, :]
-        return cls(sums, begin, end, old.masked_fill(opens, 0.0), old.masked_fill(~opens, 0.0))
 
 
 class _ChunkSSD(torch.autograd.Function):
     """A loop over chunks there and back, so that what belongs to one stays in the cache.
 
     Heads share keys and queries, so one product writes, and one reads, the states of them all
-    [N, H P]. A decay that v_j meets on its way into y_i multiplies both alike; so the gradient of
-    g_t is the sum of Σ_P (y ∂y − v ∂v) from t to where its document or chunk ends, and of ⟨S, ∂S⟩
-    for the state S that the document hands on.
+    [N, H P]. A decay that v_j meets on its way into y_i multiplies both alike: so the gradient of
+    the sums of log decays is Σ_P (y ∂y − v ∂v).
     """
 
     @staticmethod
@@ -121,7 +89,7 @@ class _ChunkSSD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See `chunk_ssd`; initial [B, H, N, P]."""
         q, k, v = (chunks.pad(x) for x in (q, k, v))
-        decays = _Decays.of(g, chunks)
+        decays = ChunkDecays.of(g, chunks)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         Q, K, V, Y = (chunks.cut(x) for x in (q, k, v, y))
         S = v.new_empty(chunks.num_chunks + 1, *initial.transpose(1, 2).shape)  # [.., B, N, H, P]
@@ -148,12 +116,12 @@ class _ChunkSSD(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         """Of q, k, v, g and the initial state."""
         q, k, v, y, S, *saved = ctx.saved_tensors
-        decays, chunks = _Decays(*saved), ctx.chunks
+        decays, chunks = ChunkDecays(*saved), ctx.chunks
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         Q, K, V, Y, dY = (chunks.cut(x) for x in (q, k, v, y, chunks.pad(dy)))
         dQ, dK, dV = (chunks.cut(x) for x in gradients)
         states, d_initial = S.flatten(-2), torch.zeros_like(S[0])
-        flows, ends = torch.empty_like(decays.sums), torch.empty_like(decays.old)
+        d_sums, ends = torch.empty_like(decays.sums), torch.empty_like(decays.old)
         dS = d_final.transpose(1, 2).contiguous()  # [B, N, H, P], of the state after chunk c
         for c in reversed(range(chunks.num_chunks)):
             decay = between(decays.sums[c], chunks.visible_in(c))
@@ -174,16 +142,15 @@ class _ChunkSSD(torch.autograd.Function):
             dQ[c] = torch.baddbmm(dq, d_products, K[c])
             dK[c] = torch.baddbmm(written @ dS.flatten(-2).mT, d_products.mT, Q[c])
             torch.add(d_written, _by_token(scores.mT @ dy_c), out=dV[c])
-            flows[c] = _by_token((Y[c] * dY[c]).sub_(V[c] * dV[c]).sum(-1, keepdim=True))
+            d_sums[c] = _by_token((Y[c] * dY[c]).sub_(V[c] * dV[c]).sum(-1, keepdim=True))
             ends[c] = _by_token((S[c + 1] * dS).sum((1, 3), keepdim=True))
             dS *= _by_token(decays.old[c])
             dS.flatten(-2).baddbmm_(old.mT, d_read)
 
-        visible = chunks.visible.squeeze(2).to(flows.dtype)
-        dg = (flows.squeeze(-1) @ visible).unsqueeze(-1) + chunks.only_last(ends.expand_as(flows))
         d_initial += dS
         dq, dk, dv = (x[:, : chunks.num_tokens] for x in gradients)
-        return dq, dk, dv, chunks.join(dg).squeeze(-1), d_initial.transpose(1, 2), None
+        dg = decays.gradient(d_sums, ends, chunks)
+        return dq, dk, dv, dg, d_initial.transpose(1, 2), None
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import relative_rms
 
-from slm.kernels.decay import decayed_products, gated_products
+from slm.kernels.decay import between, decayed_products
 from slm.kernels.triangular import invert_unit_lower, solve_unit_lower
 
 
@@ -23,17 +23,18 @@ def test_decayed_products_where_exponentials_alone_would_overflow(num_tokens: in
     assert num_tokens == 1 or relative_rms(actual, expected * later) < 1e-5
 
 
-def test_gradients_of_products() -> None:
-    x, y, z = (torch.randn(2, 8, 3, dtype=torch.double, requires_grad=True) for _ in range(3))
-    a = -torch.rand(2, 8, 1, dtype=torch.double)
-    visible = torch.ones(8, 8, dtype=torch.bool).tril()
-    visible[5:, :5] = False
+def test_decay_between_tokens_where_exponentials_alone_would_overflow() -> None:
+    a = (-30 * torch.rand(2, 64, 1)).cumsum(1)
+    visible = torch.ones(64, 64, dtype=torch.bool).tril()
+    visible[40:, :40] = False
+    wide = a.double()
+    expected = (wide - wide.mT).clamp(max=0).exp() * visible
+    actual = between(a, visible)
+    assert relative_rms(actual, expected) < 1e-5
+    assert (actual[:, ~visible] == 0).all()
 
-    def gated(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor, a: torch.Tensor) -> object:
-        return gated_products((x, z), y, a.cumsum(1), visible)
 
-    assert torch.autograd.gradcheck(gated, (x, z, y, a.requires_grad_()))
-
+def test_gradients_of_decayed_products() -> None:
     rows, columns = (torch.randn(8, n, 3, dtype=torch.double, requires_grad=True) for n in (2, 3))
     decay = (-torch.rand(8, 1, 3, dtype=torch.double)).requires_grad_()
 
