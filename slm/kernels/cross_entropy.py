@@ -98,9 +98,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight if needs_gradients else weight[:0])
         W = weight.to(dtype)
+        # For all chunks: so much memory is new every time it is asked for, and slow at first touch.
+        buffer = W.new_empty(min(chunk_tokens, len(hidden)), len(W))
         for h, dh, target in _split(chunk_tokens, hidden, d_hidden, targets):
-            h = h.to(dtype)
-            d_logits = h.new_empty(len(h), len(W))
+            h, d_logits = h.to(dtype), buffer[: len(h)]
             for x, dz, t in _split(block_tokens, h, d_logits, target):
                 log_p = (x @ W.T).to(total.dtype).log_softmax(-1)
                 total -= log_p.gather(-1, t).sum()

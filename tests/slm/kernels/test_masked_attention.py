@@ -12,6 +12,7 @@ from slm.kernels.attention import (
     attention_after,
     attention_by_document,
     masked_attention,
+    rotate,
 )
 from slm.kernels.documents import Documents
 
@@ -119,3 +120,23 @@ def test_causal_attention_after_what_all_see(num_before: int, has_documents: boo
         strict=True,
     ):
         torch.testing.assert_close(ours, masked, rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_is_a_product_of_complex_numbers_and_its_gradient_turns_back() -> None:
+    x = torch.randn(2, 7, 3, K, dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 3, 100, 4095, 7]])
+    angles = positions[..., None, None] * 1e4 ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
+    numbers = torch.complex(*x.detach().chunk(2, dim=-1)) * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    expected = torch.cat([numbers.real, numbers.imag], dim=-1)
+    with torch.no_grad():
+        alone = rotate(x, positions, 1e4)
+    turned = rotate(x, positions, 1e4)
+    for actual in (alone, turned):
+        # Frequencies are fp32.
+        assert relative_rms(actual, expected) < 1e-5
+    assert relative_rms(turned, alone) < 1e-15
+    (back,) = torch.autograd.grad(turned, x, turned.detach())
+    assert relative_rms(back, x) < 1e-7
+    assert torch.autograd.gradcheck(lambda x: rotate(x, positions, 1e4), (x,))
