@@ -52,20 +52,30 @@ def evaluate_loss(
     """Mean cross-entropy in nats per token over rows of a split.
 
     max_tokens: if given, only so many, as rows spread evenly over the split (at least one).
+    Processes of a group share the rows; all get the mean of all.
     """
     dataset = PackedDataset(split, sequence_tokens)
     num_rows = len(dataset)
     if max_tokens is not None:
         num_rows = max(1, min(num_rows, max_tokens // sequence_tokens))
     rows = [index * len(dataset) // num_rows for index in range(num_rows)]
+    batches = [rows[begin : begin + batch_size] for begin in range(0, num_rows, batch_size)]
+    is_shared = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if is_shared else 0
+    num_ranks = torch.distributed.get_world_size() if is_shared else 1
     with _evaluating(model) as device:
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for begin in range(0, num_rows, batch_size):
-            batch = [dataset[row] for row in rows[begin : begin + batch_size]]
+        # All compute as often as the others: where weights are sharded, each waits for all.
+        for turn in range(rank, rank + len(batches), num_ranks):
+            is_real = turn < len(batches)
+            batch = [dataset[row] for row in batches[turn if is_real else -1]]
             tokens = torch.stack([row["tokens"] for row in batch]).to(device)  # [B, T + 1]
             documents = torch.stack([row["documents"] for row in batch]).to(device)  # [B, T]
             # Of the batch: a mean over its tokens.
-            total += len(batch) * model(tokens[:, :-1], documents, targets=tokens[:, 1:])
+            loss = model(tokens[:, :-1], documents, targets=tokens[:, 1:])
+            total += len(batch) * loss * is_real
+        if is_shared:
+            torch.distributed.all_reduce(total)
     return total.item() / num_rows
 
 

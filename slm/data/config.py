@@ -9,7 +9,13 @@ from slm.config import ConfigError, schema
 
 FILE_ENDINGS = (".txt", ".md", ".jsonl", ".parquet")
 # What only one source has: field -> the source.
-OWN_FIELDS = {"files": "text", "repository": "hub", "subset": "hub", "components": "mixture"}
+OWN_FIELDS = {
+    "files": "text",
+    "repository": "hub",
+    "subset": "hub",
+    "revision": "hub",
+    "components": "mixture",
+}
 
 
 @schema
@@ -25,6 +31,8 @@ class SourceConfig:
     repository, subset: of source 'hub': a data set, or a local folder laid out like one, and which
         part of it, if it has several. Each row of its split `train` is a document, in a field
         `text`.
+    revision: of source 'hub': a commit, branch or tag of a data set there; None: what is newest
+        when it is first packed.
     max_documents, max_bytes: where to stop reading; None: at the end.
     """
 
@@ -32,6 +40,7 @@ class SourceConfig:
     files: tuple[str, ...] = ()
     repository: str | None = None
     subset: str | None = None
+    revision: str | None = None
     max_documents: Annotated[int, Field(gt=1)] | None = None
     max_bytes: Annotated[int, Field(gt=0)] | None = None
 
@@ -49,6 +58,10 @@ class SourceConfig:
             problems.append("files: source 'text' needs files, for example data.files=[book.txt]")
         if self.source == "hub" and self.repository is None:
             problems.append("repository: source 'hub' needs the name of a data set, got null")
+        if self.revision is not None and self.repository and Path(self.repository).is_dir():
+            problems.append(
+                f"revision: the folder '{self.repository}' has none, got '{self.revision}'"
+            )
         problems += [
             f"{field}: only source '{owner}' has {field}, got source '{self.source}'"
             for field, owner in OWN_FIELDS.items()

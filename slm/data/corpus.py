@@ -78,11 +78,13 @@ def _hub(config: SourceConfig, cache_dir: Path) -> Found:
     repository = config.repository
     assert repository is not None
     identity: dict[str, Any] = {"repository": repository, "subset": config.subset}
+    if config.revision is not None:
+        identity["revision"] = config.revision
     # A local folder laid out like a data set may change.
     if Path(repository).is_dir():
         files = [path for path in sorted(Path(repository).rglob("*")) if path.is_file()]
         identity["files"] = _states(files)
-    return identity, lambda: hub_parts(repository, config.subset)
+    return identity, lambda: hub_parts(repository, config.subset, config.revision)
 
 
 def _text(config: SourceConfig, cache_dir: Path) -> Found:

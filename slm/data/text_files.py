@@ -37,10 +37,10 @@ def file_parts(paths: Sequence[Path]) -> list[Part]:
     return [functools.partial(_read_file, path) for path in paths]
 
 
-def hub_parts(repository: str, subset: str | None) -> list[Part]:
+def hub_parts(repository: str, subset: str | None, revision: str | None) -> list[Part]:
     """One part per file of a data set's split `train`. Raises ConfigError if it cannot be had."""
     where = f"data.repository: '{repository}'"
-    dataset = _open(where, repository, name=subset)
+    dataset = _open(where, repository, name=subset, revision=revision)
 
     def read(index: int) -> Iterator[str]:
         return _texts(dataset.shard(num_shards=dataset.num_shards, index=index), where)

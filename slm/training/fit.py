@@ -6,6 +6,7 @@ runs/<name>/
     samples.jsonl           what the model writes, at each validation
     result.json             written last: a run that has it is finished
     tokenizer.json
+    wandb_id                of the run there, which a resumed run goes on with
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from slm.config import ConfigError
 from slm.data import PackedCorpus, prepare
 from slm.data.datamodule import PackedDataModule
+from slm.data.dataset import PackedDataset
 from slm.kernels.backend import set_backend
 from slm.model import LanguageModel
 from slm.training import kept_checkpoints
@@ -42,7 +44,7 @@ from slm.training.checkpoint import (
 )
 from slm.training.config import TrainConfig, TrainerConfig
 from slm.training.files import write_atomically
-from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, open_loggers
+from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, WANDB_ID_FILE, open_loggers
 from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
 from slm.training.samples import SAMPLES_FILE, Samples
@@ -92,6 +94,7 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
         _forget(run_dir)
 
     corpus = prepare(config.data, config.tokenizer, progress=print)
+    _check_lengths(config, corpus)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     set_backend(config.backend)
@@ -188,6 +191,18 @@ def _write(result: TrainResult, run_dir: Path) -> None:
         f"validation loss {result.validation_loss:.4f}, {result.bits_per_byte:.4f} bits per "
         f"byte after {result.tokens:,} tokens in {result.seconds:.0f} s"
     )
+
+
+def _check_lengths(config: TrainConfig, corpus: PackedCorpus) -> None:
+    """Raise ConfigError if a split is shorter than a row."""
+    problems = []
+    for split in (corpus.train, corpus.validation):
+        try:
+            PackedDataset(split, config.trainer.sequence_tokens)
+        except ConfigError as error:
+            problems += [f"trainer.{problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _build_model(config: TrainConfig, corpus: PackedCorpus) -> LanguageModel:
@@ -287,7 +302,7 @@ def _forget(run_dir: Path) -> None:
     """Remove what a run has written; its result first, so that no half of it looks finished."""
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
     kept_checkpoints.forget(run_dir / LAST_CHECKPOINT.parent)
-    for name in (METRICS_FILE, SAMPLES_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE):
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD_DIR, ignore_errors=True)
 

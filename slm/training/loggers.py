@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,6 +19,7 @@ from slm.training.files import write_atomically
 
 METRICS_FILE = "metrics.csv"
 TENSORBOARD_DIR = "tensorboard"
+WANDB_ID_FILE = "wandb_id"
 
 
 class MetricsFile(Logger):
@@ -105,11 +107,22 @@ def open_loggers(config: TrainConfig, run_dir: Path, step: int) -> Iterator[list
             # and that the next job of a sweep would inherit.
             mode="offline" if config.logger.offline else None,
             config=config.identity(),
+            id=_wandb_id(run_dir),
+            resume="allow",
         )
         try:
             yield [file, tracker]
         finally:
             wandb.finish()
+
+
+@rank_zero_only
+def _wandb_id(run_dir: Path) -> str:
+    """The name that Weights & Biases knows the run by, however often it goes on."""
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_atomically(path, uuid4().hex[:8])
+    return path.read_text()
 
 
 def log_texts(logger: Logger, name: str, rows: Sequence[dict[str, str]], step: int) -> None:

@@ -128,6 +128,16 @@ def test_configurations_that_name_no_text(tmp_path: Path) -> None:
     assert fields == ["files", "repository", "files", "max_bytes"]
     with pytest.raises(ValueError, match="subset: only source 'hub' has subset, got source 'text'"):
         DataConfig(source="text", files=(str(tmp_path),), subset="x")
+    with pytest.raises(ValueError, match=r"revision: the folder '.*' has none, got 'v1'"):
+        DataConfig(source="hub", repository=str(tmp_path), revision="v1", max_bytes=95)
+
+
+def test_another_revision_is_another_corpus(tmp_path: Path) -> None:
+    def identity(**fields: str) -> object:
+        config = DataConfig(source="hub", repository="a/b", max_bytes=95, **fields)
+        return open_source(config).identity
+
+    assert identity(revision="v1") == {**identity(), "revision": "v1"}
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:

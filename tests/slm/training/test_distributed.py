@@ -25,7 +25,8 @@ TRAINER = {
     "batch_tokens": 96,
     "sequence_tokens": 24,
     "validate_every_steps": 3,
-    "validation_tokens": 96,
+    # Batches that two processes cannot share evenly.
+    "validation_tokens": 120,
     "checkpoint_every_steps": 3,
     "log_every_steps": 1,
     "accelerator": "cpu",

@@ -8,6 +8,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from slm.config import ConfigError
 from slm.training.checkpoint import load_checkpoint
 from slm.training.config import TrainConfig
-from slm.training.fit import TrainResult, fit
+from slm.training.fit import RESULT_FILE, TrainResult, fit
 from slm.training.module import TrainingModule
 from slm.training.signals import STOPPING
 
@@ -393,6 +394,31 @@ def test_weights_and_biases_offline(
     assert b"bits_per_byte" in content
     assert b"optimizer.lr" in content
     assert len(losses(tmp_path)) == 2
+
+    # A run that goes on is the same one there; one that begins anew is another.
+    (tmp_path / RESULT_FILE).unlink()
+    fit(config, tmp_path)
+    first = (tmp_path / "wandb_id").read_text()
+    fit(replace(config, resume="never"), tmp_path)
+    wandb.teardown()
+    ids = [path.stem for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))]
+    again = (tmp_path / "wandb_id").read_text()
+    assert first != again
+    assert sorted(ids) == sorted([f"run-{first}", f"run-{first}", f"run-{again}"])
+
+
+def test_a_split_shorter_than_a_row_is_refused_before_anything_is_written(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    long = {"sequence_tokens": 10**5, "batch_tokens": 10**5, "micro_batch_size": None}
+    config = make_config(trainer=long)
+    with pytest.raises(ConfigError) as caught:
+        fit(config, tmp_path)
+    assert len(caught.value.problems) == 2
+    for problem, split in zip(caught.value.problems, ("train", "validation"), strict=True):
+        assert problem.startswith("trainer.sequence_tokens: 100000 and the target")
+        assert problem.endswith(f"tokens of the {split} split")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_trains_nearly_alike(run: Path, make_config: ConfigMaker, tmp_path: Path) -> None:
