@@ -48,11 +48,13 @@ def evaluate_loss(
     sequence_tokens: int,
     batch_size: int,
     max_tokens: int | None = None,
+    share_rows: bool = False,
 ) -> float:
     """Mean cross-entropy in nats per token over rows of a split.
 
     max_tokens: if given, only so many, as rows spread evenly over the split (at least one).
-    Processes of a group share the rows; all get the mean of all.
+    share_rows: all processes of the group call it, each scores a part of the rows, and all get the
+        mean of all.
     """
     dataset = PackedDataset(split, sequence_tokens)
     num_rows = len(dataset)
@@ -60,9 +62,8 @@ def evaluate_loss(
         num_rows = max(1, min(num_rows, max_tokens // sequence_tokens))
     rows = [index * len(dataset) // num_rows for index in range(num_rows)]
     batches = [rows[begin : begin + batch_size] for begin in range(0, num_rows, batch_size)]
-    is_shared = torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if is_shared else 0
-    num_ranks = torch.distributed.get_world_size() if is_shared else 1
+    rank = torch.distributed.get_rank() if share_rows else 0
+    num_ranks = torch.distributed.get_world_size() if share_rows else 1
     with _evaluating(model) as device:
         total = torch.zeros((), dtype=torch.float64, device=device)
         # All compute as often as the others: where weights are sharded, each waits for all.
@@ -74,7 +75,7 @@ def evaluate_loss(
             # Of the batch: a mean over its tokens.
             loss = model(tokens[:, :-1], documents, targets=tokens[:, 1:])
             total += len(batch) * loss * is_real
-        if is_shared:
+        if share_rows:
             torch.distributed.all_reduce(total)
     return total.item() / num_rows
 

@@ -31,8 +31,8 @@ class SourceConfig:
     repository, subset: of source 'hub': a data set, or a local folder laid out like one, and which
         part of it, if it has several. Each row of its split `train` is a document, in a field
         `text`.
-    revision: of source 'hub': a commit, branch or tag of a data set there; None: what is newest
-        when it is first packed.
+    revision: of source 'hub': a commit, branch or tag of a data set there, as it is when first
+        packed; None: what is newest then.
     max_documents, max_bytes: where to stop reading; None: at the end.
     """
 

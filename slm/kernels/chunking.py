@@ -24,7 +24,7 @@ def initial_state(start: Tensor | None, shape: tuple[int, ...], like: Tensor) ->
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a b [B, H, N, M], of a [B, H, N, K] and b [B, H, K, M], to `target` in place."""
-    target.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    target.view(-1, *target.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 class Chunks:

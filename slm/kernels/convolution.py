@@ -21,7 +21,7 @@ from slm.kernels.documents import Documents
 from slm.kernels.precision import accumulation_dtype
 
 FLA = "modules.causal_conv1d.causal_conv1d"
-# Of a block of inputs in fp32: with its outputs or their gradients it stays in a core's cache.
+# Of a block of inputs, at 4 bytes each: with what comes of them it stays in a core's cache.
 BLOCK_BYTES = 2**18
 
 
@@ -32,7 +32,7 @@ def causal_convolution(
     tail: Tensor | None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """Convolve rows, by fla on CUDA and by torch elsewhere; y [B, T, D].
+    """Convolve rows, by fla on CUDA, by blocks on a CPU, else by torch; y [B, T, D].
 
     Each of `documents`, or without them each row, begins with `tail`. None stands for zeros.
     """
@@ -96,7 +96,7 @@ def block_causal_convolution(
     """By elementwise products of some tokens at a time, in at least fp32.
 
     On a CPU torch's convolution wants its channels apart, and takes longer to lay them out, there
-    and back, than to convolve. Waits for the device, to know how long documents are.
+    and back, than to convolve.
     """
     batch_size, num_tokens, channels = x.shape
     if tail is None:

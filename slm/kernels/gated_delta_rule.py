@@ -82,7 +82,7 @@ def chunk_gated_delta_rule(
 class _ChunkGatedDeltaRule(torch.autograd.Function):
     """A loop over chunks there and back, so that what belongs to one stays in the cache.
 
-    In a chunk that begins with the state S, with D_ij the decay between tokens, none where j is not
+    In a chunk that begins with the state S, with D_ij the decay between tokens, zero where j is not
     visible to i, and γ that since the chunk or the document began,
 
         E = V − γ K S,    (I + β tril(K Kᵀ D, −1)) Y = β E,    R = γ Q S + (Q Kᵀ D) Y

@@ -122,7 +122,9 @@ class _ChunkSSD(torch.autograd.Function):
         dQ, dK, dV = (chunks.cut(x) for x in gradients)
         states, d_initial = S.flatten(-2), torch.zeros_like(S[0])
         d_sums, ends = torch.empty_like(decays.sums), torch.empty_like(decays.old)
-        dS = d_final.transpose(1, 2).contiguous()  # [B, N, H, P], of the state after chunk c
+        dS = d_final.transpose(1, 2).clone(
+            memory_format=torch.contiguous_format
+        )  # [B, N, H, P], of the state after chunk c
         for c in reversed(range(chunks.num_chunks)):
             decay = between(decays.sums[c], chunks.visible_in(c))
             v_c, dy_c = _by_token(V[c]), _by_token(dY[c])

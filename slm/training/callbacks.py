@@ -83,6 +83,7 @@ class Validation(Callback):
                 self.sequence_tokens,
                 self.batch_size,
                 max_tokens=self.max_tokens,
+                share_rows=trainer.world_size > 1,
             )
         values = {"validation_loss": self.loss, "bits_per_byte": self.bits_per_byte}
         self.metrics.record(trainer, values)

@@ -6,7 +6,7 @@ runs/<name>/
     samples.jsonl           what the model writes, at each validation
     result.json             written last: a run that has it is finished
     tokenizer.json
-    wandb_id                of the run there, which a resumed run goes on with
+    wandb_id                the run's id in Weights & Biases, with which a resumed run goes on
 """
 
 from __future__ import annotations
@@ -90,8 +90,6 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
             print(f"{run_dir} is finished; resume=never trains it again")
             return finished
         checkpoint, resumed_step = _resumable(config, folder)
-    elif is_first:
-        _forget(run_dir)
 
     corpus = prepare(config.data, config.tokenizer, progress=print)
     _check_lengths(config, corpus)
@@ -100,6 +98,8 @@ def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
     set_backend(config.backend)
     model = _build_model(config, corpus)
     if is_first:
+        if config.resume == "never":
+            _forget(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             kept_checkpoints.set_aside(folder, checkpoint)

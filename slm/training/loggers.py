@@ -80,6 +80,7 @@ def open_loggers(config: TrainConfig, run_dir: Path, step: int) -> Iterator[list
     """The loggers, closed at the end: the next job of a sweep opens its own.
 
     step: that the run goes on from; what TensorBoard has been told of later ones is withdrawn.
+    Weights & Biases, which takes nothing back, has these steps twice.
     """
     file = MetricsFile(run_dir / METRICS_FILE)
     if config.logger.name == "csv":
@@ -107,8 +108,7 @@ def open_loggers(config: TrainConfig, run_dir: Path, step: int) -> Iterator[list
             # and that the next job of a sweep would inherit.
             mode="offline" if config.logger.offline else None,
             config=config.identity(),
-            id=_wandb_id(run_dir),
-            resume="allow",
+            id=_wandb_id(run_dir, step),
         )
         try:
             yield [file, tracker]
@@ -117,10 +117,10 @@ def open_loggers(config: TrainConfig, run_dir: Path, step: int) -> Iterator[list
 
 
 @rank_zero_only
-def _wandb_id(run_dir: Path) -> str:
-    """The name that Weights & Biases knows the run by, however often it goes on."""
+def _wandb_id(run_dir: Path, step: int) -> str:
+    """What Weights & Biases knows the run by, however often it goes on; None on other ranks."""
     path = run_dir / WANDB_ID_FILE
-    if not path.exists():
+    if step == 0 or not path.exists():
         write_atomically(path, uuid4().hex[:8])
     return path.read_text()
 

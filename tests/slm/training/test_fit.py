@@ -415,6 +415,11 @@ def test_a_split_shorter_than_a_row_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError) as caught:
         fit(config, tmp_path)
     assert len(caught.value.problems) == 2
+    # Nor removed.
+    (tmp_path / RESULT_FILE).write_text("{}")
+    with pytest.raises(ConfigError):
+        fit(replace(config, resume="never"), tmp_path)
+    (tmp_path / RESULT_FILE).unlink()
     for problem, split in zip(caught.value.problems, ("train", "validation"), strict=True):
         assert problem.startswith("trainer.sequence_tokens: 100000 and the target")
         assert problem.endswith(f"tokens of the {split} split")
