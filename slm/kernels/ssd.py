@@ -122,9 +122,8 @@ class _ChunkSSD(torch.autograd.Function):
         dQ, dK, dV = (chunks.cut(x) for x in gradients)
         states, d_initial = S.flatten(-2), torch.zeros_like(S[0])
         d_sums, ends = torch.empty_like(decays.sums), torch.empty_like(decays.old)
-        dS = d_final.transpose(1, 2).clone(
-            memory_format=torch.contiguous_format
-        )  # [B, N, H, P], of the state after chunk c
+        # [B, N, H, P], of the state after chunk c; changed in place.
+        dS = d_final.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         for c in reversed(range(chunks.num_chunks)):
             decay = between(decays.sums[c], chunks.visible_in(c))
             v_c, dy_c = _by_token(V[c]), _by_token(dY[c])
