@@ -498,8 +498,8 @@ def paired_interval(differences: Sequence[float]) -> tuple[float | None, ...]:
 
 def print_results(results: dict[str, Any]) -> None:
     table = Table(title="validation loss of the hybrid less that of the other, nats per token")
-    for column in ("claim", "difference", "95 % interval", "seeds", "latency, other to hybrid"):
-        table.add_column(column)
+    for column in ("claim", "difference", "95 % interval", "seeds", "latency to the hybrid's"):
+        table.add_column(column, no_wrap=column in ("claim", "95 % interval"))
     for claim, other in CLAIMS.items():
         found = results[claim]
         low, ratio, high = results["latency_ratio"][other]
