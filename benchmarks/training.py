@@ -240,7 +240,8 @@ def make_batches(num_tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     """The same tokens as one document per row, and as several that begin anywhere."""
     generator = torch.Generator().manual_seed(0)
     rows = STEP_TOKENS // num_tokens
-    tokens = torch.randint(VOCAB_SIZE, (rows, num_tokens + 1), generator=generator)
+    # Bamba takes token 0 for padding, which is zero and has no gradient.
+    tokens = torch.randint(1, VOCAB_SIZE, (rows, num_tokens + 1), generator=generator)
     draws = torch.rand(rows, num_tokens, generator=generator)
     # The first document of a row is one that begins before it.
     begins = draws < (DOCUMENTS_PER_ROW - 1) / num_tokens

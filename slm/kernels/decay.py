@@ -26,6 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from slm.kernels.chunking import Chunks
 
+# A product with less, 4e-31, counts for nothing; and before long with such products a CPU computes
+# numbers below the smallest normal one, each of which takes it a hundred times as long.
+SMALLEST_LOG = -70.0
+
 
 def without_first(g: Tensor) -> Tensor:
     """Log decays g [B, T, H] of rows that begin with nothing.
@@ -55,8 +59,8 @@ class ChunkDecays(NamedTuple):
         """Of log decays g [B, T, H]."""
         g = chunks.split(g.unsqueeze(-1))
         sums = g.cumsum(dim=-2)
-        begin = chunks.since_begin(sums, sums - g).exp()
-        end = chunks.only_last((sums[..., -1:, :] - sums).exp())
+        begin = as_decay(chunks.since_begin(sums, sums - g))
+        end = chunks.only_last(as_decay(sums[..., -1:, :] - sums))
         old = begin[..., -1:, :]
         if chunks.fresh is None:
             return cls(sums, begin, end, old, None)
@@ -76,7 +80,12 @@ class ChunkDecays(NamedTuple):
 
 def between(a: Tensor, visible: Tensor) -> Tensor:
     """exp(a_i − a_j) [..., L, L], zero where j is not visible to i."""
-    return (a - a.mT).masked_fill_(~visible, -torch.inf).exp_()
+    return as_decay((a - a.mT).masked_fill_(~visible, -torch.inf))
+
+
+def as_decay(log: Tensor) -> Tensor:
+    """exp(log), and zero below SMALLEST_LOG."""
+    return F.threshold(log, SMALLEST_LOG, -torch.inf).exp_()
 
 
 def decayed_products(x: Tensor, a: Tensor, y: Tensor, b: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ def _decays(a: Tensor, b: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """exp(a − m) of the second halves and exp(m − b) of the first, m being b between them."""
     early = _early(b, half)
     middle = early[..., -1:, :, :]
-    return (_late(a, half) - middle).exp_(), (middle - early).exp_()
+    return as_decay(_late(a, half) - middle), as_decay(middle - early)
 
 
 def _corner(products: Tensor, half: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Products that decay, against the sums they stand for; and systems against LAPACK."""
 
+import math
+
 import pytest
 import torch
 from numerics import relative_rms
 
-from slm.kernels.decay import between, decayed_products
+from slm.kernels.decay import as_decay, between, decayed_products
 from slm.kernels.triangular import invert_unit_lower, solve_unit_lower
 
 
@@ -32,6 +34,14 @@ def test_decay_between_tokens_where_exponentials_alone_would_overflow() -> None:
     actual = between(a, visible)
     assert relative_rms(actual, expected) < 1e-5
     assert (actual[:, ~visible] == 0).all()
+
+
+def test_no_decay_is_below_the_smallest_normal_number() -> None:
+    log = torch.tensor([0.0, -1.0, -69.9, -70.1, -95.0, -1e4, -torch.inf])
+    expected = torch.tensor([1.0, math.exp(-1), math.exp(-69.9), 0, 0, 0, 0])
+    given = log.clone()
+    torch.testing.assert_close(as_decay(log), expected, rtol=1e-5, atol=0)
+    assert torch.equal(log, given)
 
 
 def test_gradients_of_decayed_products() -> None:
