@@ -8,7 +8,7 @@ import pytest
 
 from slm.config import ConfigError, read
 from slm.data import DataConfig, PackedCorpus, TokenizerConfig, prepare, spool
-from slm.data.corpus import open_source
+from slm.data.corpus import Source, open_source
 from slm.data.text_files import CHUNK_BYTES, CUT_CHARACTERS, cut, file_parts
 
 
@@ -132,12 +132,18 @@ def test_configurations_that_name_no_text(tmp_path: Path) -> None:
         DataConfig(source="hub", repository=str(tmp_path), revision="v1", max_bytes=95)
 
 
-def test_another_revision_is_another_corpus(tmp_path: Path) -> None:
-    def identity(**fields: str) -> object:
-        config = DataConfig(source="hub", repository="a/b", max_bytes=95, **fields)
-        return open_source(config).identity
+def test_another_revision_is_another_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def source(**fields: str) -> Source:
+        return open_source(DataConfig(source="hub", repository="a/b", max_bytes=95, **fields))
 
-    assert identity(revision="v1") == {**identity(), "revision": "v1"}
+    assert source(revision="v1").identity == {**source().identity, "revision": "v1"}
+
+    def load(path: str, **options: object) -> None:
+        raise ConnectionError(f"{path} at {options['revision']}")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ConfigError, match="a/b at v1"):
+        next(source(revision="v1").documents())
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:

@@ -52,11 +52,14 @@ def test_convolution_of_packed_documents() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("block_tokens", [4, 5, 64])
+@pytest.mark.parametrize("block_tokens", [1, 4, 5, 64])
 def test_blocks_equal_torch_with_every_gradient(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_tokens: int
 ) -> None:
-    """Documents shorter than the window, than a block and longer; torch's sees one at a time."""
+    """Documents shorter than the window, than a block and longer; torch's sees one at a time.
+
+    No block is smaller than the window.
+    """
     channels, width = 3, 4
     monkeypatch.setattr("slm.kernels.convolution.BLOCK_BYTES", 4 * channels * block_tokens)
     inputs = [

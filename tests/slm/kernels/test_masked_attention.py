@@ -140,3 +140,10 @@ def test_rotation_is_a_product_of_complex_numbers_and_its_gradient_turns_back() 
     (back,) = torch.autograd.grad(turned, x, turned.detach())
     assert relative_rms(back, x) < 1e-7
     assert torch.autograd.gradcheck(lambda x: rotate(x, positions, 1e4), (x,))
+    half = x.detach().bfloat16().requires_grad_()
+    turned = rotate(half, positions, 1e4)
+    assert turned.dtype == torch.bfloat16
+    assert relative_rms(turned, expected) < 4e-3
+    (back,) = torch.autograd.grad(turned, half, turned.detach())
+    assert back.dtype == torch.bfloat16
+    assert relative_rms(back, x) < 6e-3
