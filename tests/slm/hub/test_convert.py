@@ -35,6 +35,7 @@ def test_nemotron_flash_becomes_ours_and_back(dtype: str, tmp_path: Path) -> Non
     assert json.loads((ours / "config.json").read_text())["dtype"] == dtype
     card = (ours / "README.md").read_text()
     assert "license: other" in card
+    assert "converted by slm-frontier" in card
     assert "trust_remote_code=True" in card
 
     done = convert(f"path={ours}", f"out={back}", "format=nemotron_flash", "license=other")
