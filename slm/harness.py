@@ -221,24 +221,31 @@ def task_problems(names: Sequence[str], folder: Path | None) -> list[str]:
     """Why tasks cannot be run: lm-eval is not there, or does not know a name."""
     if find_spec("lm_eval") is None:
         return [f"tasks: {EXTRA}"]
-    if TASKS.keys() >= set(names):
-        return []
-    manager = _task_manager((str(folder),) if folder is not None else ())
+    named = [name for name in names if name not in TASKS]
+    manager = _task_manager(named, [] if folder is None else [folder])
     problems = []
-    for name in names:
-        if name not in TASKS and not manager.match_tasks([name]):
+    for name in named:
+        if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], n=3)
             hint = f"; near it: {', '.join(near)}" if near else ""
             problems.append(f"tasks: there is no '{name}'{hint}")
     return problems
 
 
+def _task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """Knows the tasks in the folders and, unless all the named are there, those of lm-eval."""
+    here = _find_tasks(tuple(folders), with_theirs=False)
+    if all(here.match_tasks([name]) for name in names):
+        return here
+    return _find_tasks(tuple(folders), with_theirs=True)
+
+
 @functools.cache
-def _task_manager(folders: tuple[str, ...], with_theirs: bool = True) -> Any:
-    """Knows the tasks in the folders, and those that come with lm-eval."""
+def _find_tasks(folders: tuple[Path, ...], with_theirs: bool) -> Any:
+    """lm-eval's own are thousands of files, which take seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(folders), include_defaults=with_theirs)
+    return TaskManager(include_path=[*map(str, folders)], include_defaults=with_theirs)
 
 
 def run_tasks(
@@ -255,8 +262,7 @@ def run_tasks(
     """
     import lm_eval
 
-    # To find lm-eval's own takes seconds.
-    manager = _task_manager(tuple(map(str, folders)), not TASKS.keys() >= set(names))
+    manager = _task_manager(names, folders)
     chosen = manager.match_tasks(list(names))
     if problems := [problem for name in chosen for problem in _loading_problems(manager, name)]:
         raise ConfigError(problems)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slm.architecture import Architecture
+from slm.config import ConfigError
 from slm.data import DataConfig, PackedCorpus, TokenizerConfig, prepare
 from slm.data.cloze import build_cloze
 from slm.data.continuation import build_continuations
@@ -233,6 +234,20 @@ def test_limits_and_groups(exported: Exported, task_folder: Path) -> None:
     found = run_tasks(exported.ours(), ["both"], [task_folder], settings, 0)
     assert [found[name].n for name in ("cloze", "continuation")] == [4, 4]
     assert found["cloze"].settings == settings
+
+
+def test_tasks_whose_data_cannot_be_had_are_named(exported: Exported, task_folder: Path) -> None:
+    description = (task_folder / "cloze.yaml").read_text()
+    for name in ("first", "second"):
+        lines = description.replace("task: cloze", f"task: {name}")
+        (task_folder / f"{name}.yaml").write_text(lines.replace("cloze.jsonl", "nothing.jsonl"))
+    with pytest.raises(ConfigError) as caught:
+        run_tasks(exported.ours(), ["first", "cloze", "second"], [task_folder], SETTINGS, 0)
+    assert [problem.partition(" cannot be loaded: ")[0] for problem in caught.value.problems] == [
+        "tasks: 'first'",
+        "tasks: 'second'",
+    ]
+    assert all("\n" not in problem for problem in caught.value.problems)
 
 
 def test_unknown_tasks_are_named_with_those_near_them(task_folder: Path) -> None:
