@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,15 +111,15 @@ class EvaluateConfig(RuntimeConfig):
         return folder / RESULT_FILE if self.out is None else self.out
 
     @property
-    def text_name(self) -> str:
-        """What its text is called in results."""
+    def text(self) -> str:
+        """What the text is called in results."""
         data = self.data
         parts = {
             "text": [*data.files],
             "hub": [str(data.repository), *filter(None, [data.subset])],
             "mixture": [*data.components],
         }
-        return f"{' '.join(parts.get(data.source, [data.source]))} ({self.split})"
+        return " ".join(parts.get(data.source, [data.source]))
 
     @property
     def stride(self) -> int | None:
@@ -131,12 +132,12 @@ class EvaluateConfig(RuntimeConfig):
 def evaluate(config: EvaluateConfig) -> dict[str, Result]:
     """Results by task, which are added to the file as well."""
     set_backend(config.backend)
-    results = _in_tasks(config) if config.tasks else {config.text_name: _on_text(config)}
+    results = _in_tasks(config) if config.tasks else _on_text(config)
     add_results(config.result_file, config.checkpoint, config.weights, results)
     return results
 
 
-def _on_text(config: EvaluateConfig) -> Result:
+def _on_text(config: EvaluateConfig) -> dict[str, Result]:
     """Bits per byte, perplexity and loss."""
     model, tokenizer = _load(config)
     documents = islice(_documents(config), config.limit)
@@ -153,7 +154,7 @@ def _on_text(config: EvaluateConfig) -> Result:
         "perplexity": found.perplexity,
         "nats_per_token": found.loss,
     }
-    return Result(
+    result = Result(
         metrics={
             name: Figure(each.value, low=each.low, high=each.high) for name, each in figures.items()
         },
@@ -167,6 +168,7 @@ def _on_text(config: EvaluateConfig) -> Result:
         },
         seed=config.seed,
     )
+    return {f"{config.text} ({config.split})": result}
 
 
 def _in_tasks(config: EvaluateConfig) -> dict[str, Result]:
@@ -188,7 +190,11 @@ def _in_tasks(config: EvaluateConfig) -> dict[str, Result]:
         "num_fewshot": config.num_fewshot,
         "limit": config.limit,
     }
-    return run_tasks(model, config.tasks, folders, settings, config.seed)
+    results = run_tasks(model, config.tasks, folders, settings, config.seed)
+    made = {"text": config.text, "task_items": config.task_items}
+    for name in own:
+        results[name] = replace(results[name], settings=settings | made)
+    return results
 
 
 def _load(config: EvaluateConfig) -> tuple[LanguageModel, Tokenizer]:

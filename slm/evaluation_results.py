@@ -86,6 +86,7 @@ def add_results(path: Path, model: Path, weights: Path, results: Mapping[str, Re
 
 def results_table(results: Mapping[str, Result]) -> rich.table.Table:
     """A line for each metric of each task."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(caption="intervals: 95 %")
@@ -95,7 +96,7 @@ def results_table(results: Mapping[str, Result]) -> rich.table.Table:
     for task, result in results.items():
         for name, figure in result.metrics.items():
             interval = "" if figure.low is None else f"{figure.low:.4f} – {figure.high:.4f}"
-            table.add_row(task, name, f"{figure.value:.4f}", interval, f"{result.n:,}")
+            table.add_row(escape(task), name, f"{figure.value:.4f}", interval, f"{result.n:,}")
     return table
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from slm.perplexity import windows
 from slm.scoring import Score, score_stretches, track
 from slm.tasks import TASKS
 
-EXTRA = "lm-eval is not installed: pip install 'slm-frontier[evaluation]'"
+EXTRA = "lm-eval is not installed with all it needs: pip install 'slm-frontier[evaluation]'"
 # What lm-eval generates where a task does not say how much.
 NEW_TOKENS = 256
 # For the error of metrics that are no means.
@@ -86,13 +87,7 @@ class Answering:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to the first of the strings that end it."""
         answers = [""] * len(requests)
-        order = sorted(
-            range(len(requests)),
-            # Only what is to be generated alike goes into one batch.
-            key=lambda index: (repr(requests[index].args[1]), len(requests[index].args[0])),
-        )
-        batches = list(self._batches(order, requests))
-        for batch in track(batches, "generating"):
+        for batch in track(list(self._batches(requests)), "generating"):
             contexts = [requests[index].args[0] for index in batch]
             texts = self._generate(contexts, requests[batch[0]].args[1])
             for index, text in zip(batch, texts, strict=True):
@@ -100,9 +95,12 @@ class Answering:
         return answers
 
     def _scores(self, stretches: Sequence[Stretch]) -> list[Score]:
-        """The score of each stretch."""
+        """The score of each stretch. Raises ConfigError if one is not finite."""
         scores = score_stretches(self.model, stretches, self.batch_size)
-        return [score for _, score in sorted(track(scores, "scoring", total=len(stretches)))]
+        found = [score for _, score in sorted(track(scores, "scoring", total=len(stretches)))]
+        if not all(math.isfinite(score.log_probability) for score in found):
+            raise ConfigError(["tasks: the model's log-probabilities are not finite"])
+        return found
 
     def _stretch(self, context: str, continuation: str) -> Stretch:
         """The tokens of a text, those of its continuation to be scored."""
@@ -116,17 +114,16 @@ class Answering:
         """Token ids, the end of text first."""
         return self.tokenizer.encode(text).ids
 
-    def _batches(self, order: Sequence[int], requests: Sequence[Any]) -> Iterator[list[int]]:
-        """Cut an order of requests into batches of those that are to be generated alike."""
-        batch: list[int] = []
-        for index in order:
-            is_alike = batch and requests[index].args[1] == requests[batch[0]].args[1]
-            if batch and (not is_alike or len(batch) == self.batch_size):
+    def _batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
+        """Places of requests, by batches that are to be generated alike and of like length."""
+
+        def wishes(index: int) -> str:
+            return repr(requests[index].args[1])
+
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].args[0]))
+        for _, group in groupby(sorted(order, key=wishes), key=wishes):
+            while batch := list(islice(group, self.batch_size)):
                 yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     def _generate(self, contexts: Sequence[str], wishes: Mapping[str, Any]) -> list[str]:
         """What follows each context; `wishes` are lm-eval's."""
@@ -196,8 +193,14 @@ def exported_model(folder: Path, device: str, batch_size: int, context_tokens: i
 
     But for one thing: before a text that is scored as a whole it puts the end of text itself, and
     the tokenizer does so again. Here it stands there once.
+    Raises ConfigError if the export cannot be loaded.
     """
-    from lm_eval.models.huggingface import HFLM
+    from safetensors import SafetensorError
+
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise ConfigError([f"harness: {EXTRA}"]) from None
 
     class Exported(HFLM):
         def loglikelihood_rolling(self, *arguments: Any, **options: Any) -> list[float]:
@@ -207,14 +210,17 @@ def exported_model(folder: Path, device: str, batch_size: int, context_tokens: i
             finally:
                 self.add_bos_token = None
 
-    return Exported(
-        pretrained=str(folder),
-        trust_remote_code=True,
-        device=device,
-        batch_size=batch_size,
-        # Without it, 2048.
-        max_length=UNBOUNDED if context_tokens is None else context_tokens,
-    )
+    try:
+        return Exported(
+            pretrained=str(folder),
+            trust_remote_code=True,
+            device=device,
+            batch_size=batch_size,
+            # Without it, 2048.
+            max_length=UNBOUNDED if context_tokens is None else context_tokens,
+        )
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ConfigError([f"model: '{folder}' cannot be loaded: {_one_line(error)}"]) from None
 
 
 def task_problems(names: Sequence[str], folder: Path | None) -> list[str]:
@@ -281,13 +287,15 @@ def run_tasks(
     versions = {"lm_eval": version("lm_eval")}
     return {
         name: Result(
-            metrics=_figures(name, values, found["samples"]),
+            metrics=figures,
             n=_num_questions(name, found),
             settings=dict(settings),
             seed=seed,
             versions=versions | {"task": found["versions"].get(name)},
         )
         for name, values in found["results"].items()
+        # A group may have no figures of its own.
+        if (figures := _figures(name, values, found["samples"]))
     }
 
 
@@ -298,9 +306,12 @@ def _loading_problems(manager: Any, name: str) -> list[str]:
     try:
         manager.load([name])
     except (DatasetsError, ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return [f"tasks: '{name}' cannot be loaded: {reason}"]
+        return [f"tasks: '{name}' cannot be loaded: {_one_line(error)}"]
     return []
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _figures(

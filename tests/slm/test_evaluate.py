@@ -131,6 +131,7 @@ def test_tasks_by_either_harness_go_into_one_file(folder: Path) -> None:
             assert written[name][key] == first[name][key]
     assert 0 < written["cloze"]["low"] < written["cloze"]["high"] < 1
     assert "lm_eval" in written["cloze"]["versions"]
+    assert written["cloze"]["settings"]["text"] == "mine.txt"
     path.unlink()
 
 

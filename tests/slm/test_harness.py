@@ -1,8 +1,11 @@
 """Our model under lm-evaluation-harness: what it answers is what lm-eval's own `hf` answers."""
 
+import copy
 import functools
 import json
+import math
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +251,22 @@ def test_tasks_whose_data_cannot_be_had_are_named(exported: Exported, task_folde
         "tasks: 'second'",
     ]
     assert all("\n" not in problem for problem in caught.value.problems)
+
+
+def test_scores_that_mean_nothing_are_refused(exported: Exported) -> None:
+    ours = exported.ours()
+    ours.model = copy.deepcopy(ours.model)
+    torch.nn.init.constant_(ours.model.norm.weight, math.nan)
+    with pytest.raises(ConfigError, match="not finite"):
+        ours.loglikelihood(requests(*PAIRS))
+
+
+def test_a_damaged_export_is_named(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported.folder, folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match=r"model: '.*export' cannot be loaded: SafetensorError"):
+        exported_model(folder, "cpu", 1, None)
 
 
 def test_unknown_tasks_are_named_with_those_near_them(task_folder: Path) -> None:
