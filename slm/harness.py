@@ -35,7 +35,7 @@ from slm.perplexity import windows
 from slm.scoring import Score, score_stretches, track
 from slm.tasks import TASKS
 
-EXTRA = "lm-eval is not installed with all it needs: pip install 'slm-frontier[evaluation]'"
+EXTRA = "lm-eval is not installed with all it needs: pip install slm-frontier[evaluation]"
 # What lm-eval generates where a task does not say how much.
 NEW_TOKENS = 256
 # For the error of metrics that are no means.
@@ -126,10 +126,11 @@ class Answering:
                 yield batch
 
     def _generate(self, contexts: Sequence[str], wishes: Mapping[str, Any]) -> list[str]:
-        """What follows each context; `wishes` are lm-eval's."""
-        stops = wishes.get("until") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        new_tokens = wishes.get("max_gen_toks", NEW_TOKENS)
+        """What follows each context; `wishes` as a task has them, with their many names."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        wishes = normalize_gen_kwargs(dict(wishes), NEW_TOKENS)
+        new_tokens = wishes["max_gen_toks"]
         prompts = [self._encode(context) for context in contexts]
         if self.context_tokens is not None:
             room = max(1, self.context_tokens - new_tokens)
@@ -140,12 +141,12 @@ class Answering:
             row[: len(prompt)] = torch.tensor(prompt)
         device = self.model.norm.weight.device
         decoder = Decoder(self.model, tokens.shape[1] + new_tokens, len(prompts))
-        texts = [_Text(self.tokenizer, stops) for _ in prompts]
+        texts = [_Text(self.tokenizer, wishes["until"]) for _ in prompts]
         for following in decoder.generate(
             tokens.to(device),
             new_tokens,
             lengths=lengths.to(device),
-            temperature=wishes.get("temperature", 1.0) if wishes.get("do_sample") else 0.0,
+            temperature=wishes.get("temperature", 1.0) if wishes["do_sample"] else 0.0,
             top_k=wishes.get("top_k"),
             top_p=wishes.get("top_p"),
             stop_tokens=[self.end_of_text],

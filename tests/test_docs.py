@@ -23,7 +23,9 @@ from search.storage import StorageConfig
 from slm.architecture import Architecture
 from slm.config import compose, read
 from slm.data import DataConfig
+from slm.evaluate import as_hydra_wants
 from slm.generation import Decoder
+from slm.harness import task_problems
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
 from slm.plugins import load_plugins
@@ -331,6 +333,16 @@ def test_evaluation_does_what_its_page_says(root: Path, folder: Path, tmp_path: 
         assert set(result) == set(said["tasks"]["piqa"])
     assert "cloze" in asked
     assert "cloze" in exported
+
+
+def test_tasks_of_the_hub_are_known(root: Path) -> None:
+    first, *_ = page_blocks(root / "docs" / "evaluation.md", "bash")
+    for line in first.splitlines():
+        python, _, module, *arguments = shlex.split(line)
+        assert (python, module) == ("python", "slm.evaluate")
+        composed = compose("evaluate", [as_hydra_wants(each) for each in arguments])[0]
+        assert composed.checkpoint == "runs/mine"
+        assert task_problems(composed.tasks, None) == []
 
 
 def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:

@@ -146,13 +146,15 @@ def test_texts_go_on_as_by_hf(exported: Exported) -> None:
     stops = [text[len(text) // 3 :][:2] for text in said]
     stopped = requests(
         *(
-            (prompt, {"until": [stop], "max_gen_toks": 24, "do_sample": False})
+            (prompt, {"until": stop, "max_new_tokens": 24, "do_sample": False})
             for prompt, stop in zip(prompts, stops, strict=True)
         )
     )
     cut = ours.generate_until(stopped)
     assert cut == theirs.generate_until(stopped)
     assert cut == [text.partition(stop)[0] for text, stop in zip(said, stops, strict=True)]
+    sampled = requests(*((each, {"temperature": 0.9, "max_gen_toks": 24}) for each in prompts))
+    assert ours.generate_until(sampled) != said
 
 
 @pytest.fixture
@@ -279,4 +281,4 @@ def test_unknown_tasks_are_named_with_those_near_them(task_folder: Path) -> None
 def test_without_lm_eval_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slm.harness.find_spec", lambda name: None)
     (problem,) = task_problems(["piqa"], None)
-    assert "pip install 'slm-frontier[evaluation]'" in problem
+    assert "pip install slm-frontier[evaluation]" in problem
