@@ -38,7 +38,7 @@ class Accuracy:
 class Stretch(NamedTuple):
     """Tokens of one document, of which those from `start` on are scored, given those before."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     start: int
 
 
@@ -142,7 +142,7 @@ def log_probabilities(model: nn.Module, stretches: Sequence[Stretch], batch_size
     with _evaluating(model) as device:
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
-            tokens, targets = _pad([stretches[index] for index in batch])
+            tokens, targets = pad_stretches([stretches[index] for index in batch])
             # Padding comes last, and no token sees what comes after it.
             losses = _cross_entropy(model(tokens.to(device)), targets.to(device))
             scores[batch] = -losses.sum(1).cpu()
@@ -211,7 +211,7 @@ def _answers(
     return scores.view(len(answers), -1).argmax(1) == torch.tensor(answers)
 
 
-def _pad(stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
+def pad_stretches(stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
     """Tokens and targets [B, T] of stretches: all tokens but the last; those that are scored."""
     length = max(len(tokens) for tokens, _ in stretches) - 1
     inputs = torch.zeros(len(stretches), length, dtype=torch.int64)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 from pages import page_commands
 
 from slm.config import compose
+from slm.evaluate import as_hydra_wants
 
 DEADLINE_S = 400
 
@@ -106,6 +107,7 @@ ENTRY_POINTS = {
     "latency": ("latency", "latency.__main__", "check"),
     "latency.show": ("show", "latency.show", "check"),
     "slm.hub.export": ("export", "slm.hub.export", "_check"),
+    "slm.evaluate": ("evaluate", "slm.evaluate", "_check"),
     "slm.generate": ("generate", "slm.generate", "_check"),
 }
 
@@ -140,6 +142,8 @@ def test_the_commands_of_the_readme_are_good(
             del arguments[place : place + 2]
         multirun = "-m" in arguments
         overrides = [argument for argument in arguments if argument != "-m"]
+        if name == "slm.evaluate":
+            overrides = [as_hydra_wants(each) for each in overrides]
         configs: list[DictConfig] = compose(
             config_name, overrides, config_dir=config_dir, multirun=multirun
         )

@@ -23,7 +23,9 @@ from search.storage import StorageConfig
 from slm.architecture import Architecture
 from slm.config import compose, read
 from slm.data import DataConfig
+from slm.evaluate import as_hydra_wants
 from slm.generation import Decoder
+from slm.harness import task_problems
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
 from slm.plugins import load_plugins
@@ -61,6 +63,10 @@ TINY = {
         *("proxy.batch_size=4", "proxy.sequence_tokens=8", "proxy.validation_tokens=128"),
     ],
     "slm.generate": ["new_tokens=4", "device=cpu"],
+    "slm.evaluate": [
+        *("data.cache_dir=cache", "tokenizer.vocab_size=300", "task_items=20", "limit=5"),
+        "device=cpu",
+    ],
     "slm.hub.export": ["new_tokens=4"],
     "slm.hub.convert": ["new_tokens=4"],
 }
@@ -305,6 +311,40 @@ def test_corpora_of_the_hub_can_be_composed(root: Path) -> None:
             "hub",
             "mixture",
         }
+
+
+def test_evaluation_does_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
+    for name in ("mine.txt", "other.txt", "text.txt"):
+        shutil.copy(folder / "text.txt", tmp_path / name)
+    page = root / "docs" / "evaluation.md"
+    _, _, _, (_, asked), _, (_, exported) = run_page(root, page, tmp_path)
+    run_folder = tmp_path / "runs" / "mine"
+    results, by_hf = (
+        json.loads((each / "evaluation.json").read_text())
+        for each in (run_folder, run_folder / "export")
+    )
+    assert set(results["tasks"]) == {
+        *("mine.txt (validation)", "other.txt (all)", "cloze", "continuation")
+    }
+    assert set(by_hf["tasks"]) == {"cloze", "continuation"}
+    (block,) = page_blocks(page, "json")
+    said = json.loads(block)
+    assert set(said) == set(results)
+    for name, result in by_hf["tasks"].items():
+        assert result["value"] == results["tasks"][name]["value"]
+        assert set(result) == set(said["tasks"]["piqa"])
+    assert "cloze" in asked
+    assert "cloze" in exported
+
+
+def test_tasks_of_the_hub_are_known(root: Path) -> None:
+    first, *_ = page_blocks(root / "docs" / "evaluation.md", "bash")
+    for line in first.splitlines():
+        python, _, module, *arguments = shlex.split(line)
+        assert (python, module) == ("python", "slm.evaluate")
+        composed = compose("evaluate", [as_hydra_wants(each) for each in arguments])[0]
+        assert composed.checkpoint == "runs/mine"
+        assert task_problems(composed.tasks, None) == []
 
 
 def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ import csv
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from slm.architecture import Architecture
+from slm.evaluation_results import EVALUATION_FILE, known_results
 
 CARD_FILE = "README.md"
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.csv"
-LATENCY_FILE, EVALUATION_FILE = "latency.json", "evaluation.json"
+LATENCY_FILE = "latency.json"
 FACT_FILES = (RESULT_FILE, METRICS_FILE, LATENCY_FILE, EVALUATION_FILE)
 TAG = "slm-frontier"
 CARD = """\
@@ -102,8 +103,8 @@ class RunFacts:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, architecture: Architecture) -> Self:
-        """What lies in a folder; the latency of another architecture is not this model's."""
+    def read(cls, folder: Path, architecture: Architecture, weights: Sequence[Path]) -> Self:
+        """What lies in a folder about the model of these weights, and not about another one."""
         latency = read_json(folder / LATENCY_FILE)
         if latency.get("architecture") != str(architecture):
             latency = {}
@@ -111,7 +112,7 @@ class RunFacts:
             result=read_json(folder / RESULT_FILE),
             curve=_read_curve(folder / METRICS_FILE),
             latency=latency,
-            evaluation=read_json(folder / EVALUATION_FILE),
+            evaluation=known_results(folder / EVALUATION_FILE, weights),
         )
 
 
@@ -275,9 +276,8 @@ def _thinned(curve: tuple[tuple[int, float], ...]) -> Iterable[tuple[int, float]
     return [curve[round(row * last / (rows - 1))] for row in range(rows)]
 
 
-def _evaluation(evaluation: dict[str, Any]) -> str:
+def _evaluation(tasks: dict[str, Any]) -> str:
     """A row per task, as `python -m slm.evaluate` has written them."""
-    tasks = evaluation.get("tasks", {})
     rows = [
         f"| {name} | {task['metric']} | {task['value']:.4f} | {_interval(task)} | {task['n']:,} |"
         for name, task in tasks.items()
@@ -287,6 +287,8 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
 
 
 def _interval(task: dict[str, Any]) -> str:
+    if task["low"] is None:
+        return ""
     return f"{task['low']:.4f} – {task['high']:.4f}"
 
 

@@ -22,6 +22,7 @@ from slm.hub.export import is_replaceable, replacing
 from slm.hub.formats import FormatConfig, write_model
 from slm.hub.loading import CONFIG_FILE, load_folder, read_folder_config
 from slm.hub.verify import verify
+from slm.hub.weights import weights_files
 
 # What tokenizers of transformers consist of.
 TOKENIZER_FILES = (
@@ -72,7 +73,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         write_model(model, config, end_of_text if isinstance(end_of_text, int) else 0, folder)
         card = model_card(
             model.architecture,
-            RunFacts.read(config.path, model.architecture),
+            RunFacts.read(config.path, model.architecture, weights_files(config.path)),
             name=config.out.resolve().name,
             path=str(config.out),
             prompt=config.prompt,

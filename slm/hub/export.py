@@ -14,21 +14,24 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from slm.config import ConfigError, entry_point, read, schema
+from slm.evaluation_results import EVALUATION_FILE, known_results
 from slm.hub.card import CARD_FILE, FACT_FILES, RunFacts, is_card, model_card, read_json
 from slm.hub.flatten import flatten
 from slm.hub.formats import ENTRIES, FormatConfig, is_plugin, write_model, write_tokenizer
 from slm.hub.verify import verify
+from slm.hub.weights import weights_files
 from slm.operators import OPERATORS
 from slm.training.checkpoint import checkpoint_file, load_checkpoint
 from slm.training.files import write_atomically
@@ -104,10 +107,16 @@ def export(config: ExportConfig) -> dict[str, Any]:
     model, tokenizer_file = load_checkpoint(config.checkpoint)
     with replacing(config.folder) as folder:
         write_model(model, config, write_tokenizer(tokenizer_file, folder), folder)
+        facts = RunFacts.read(config.run_folder, model.architecture, [config.checkpoint_file])
+        evaluation = config.folder / EVALUATION_FILE
+        if found := known_results(evaluation, weights_files(folder)):
+            # Of an export with the same weights, which this one replaces.
+            shutil.copyfile(evaluation, folder / EVALUATION_FILE)
+            facts = replace(facts, evaluation=facts.evaluation | found)
         name = config.push_to or config.run_folder.resolve().name
         card = model_card(
             model.architecture,
-            RunFacts.read(config.run_folder, model.architecture),
+            facts,
             name=name.rpartition("/")[2],
             path=config.push_to or str(config.folder),
             prompt=config.prompt,

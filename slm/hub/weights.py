@@ -28,12 +28,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Only safetensors are read: other files of weights are pickles, which can run code.
     """
     weights: dict[str, Tensor] = {}
-    for file in _weights_files(folder):
+    for file in weights_files(folder):
         weights |= _read_file(file)
     return weights
 
 
-def _weights_files(folder: Path) -> list[Path]:
+def weights_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights; raises ConfigError naming an index that is damaged."""
     index = folder / INDEX_FILE
     if not index.is_file():
         return [folder / WEIGHTS_FILE]

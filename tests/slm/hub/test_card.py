@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from slm.architecture import Architecture
+from slm.evaluation_results import Figure, Result, add_results
 from slm.hub.card import RunFacts, draw, is_card, model_card
 
 TEXT = "width=32 vocab_size=64 meta_tokens=3 | deltanet(head_dim=8) ffn deltanet(head_dim=8) ffn"
@@ -22,6 +23,10 @@ def card(facts: RunFacts, format: str = "slm") -> str:
         license="apache-2.0",
         format=format,
     )
+
+
+def read(run: Path) -> RunFacts:
+    return RunFacts.read(run, ARCHITECTURE, [run / "weights"])
 
 
 def measurement(median_ms: float, converged: bool = True) -> dict[str, object]:
@@ -52,22 +57,20 @@ def run(tmp_path: Path) -> Path:
         "ttft_ms": measurement(10.0, converged=False),
         "tpot_ms": measurement(2.5),
     }
-    evaluation = {
-        "tasks": {"cloze": {"metric": "acc", "value": 0.5, "low": 0.4, "high": 0.6, "n": 2000}}
-    }
-    for name, content in {
-        "result": result,
-        "latency": latency,
-        "evaluation": evaluation,
-    }.items():
+    for name, content in {"result": result, "latency": latency}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "weights").write_bytes(b"of a model")
+    cloze = Result({"acc": Figure(0.5, low=0.4, high=0.6)}, n=2000, settings={}, seed=0)
+    mine = Result({"acc": Figure(0.25)}, n=4, settings={}, seed=0)
+    results = {"cloze": cloze, "mine": mine}
+    add_results(tmp_path / "evaluation.json", tmp_path, [tmp_path / "weights"], results)
     rows = [f"{step},{5 - step / 100},\n{step},,{4 - step / 100}" for step in range(10, 310, 10)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,loss,validation_loss", *rows]))
     return tmp_path
 
 
 def test_a_card_tells_what_lies_in_the_folder(run: Path) -> None:
-    text = card(RunFacts.read(run, ARCHITECTURE))
+    text = card(read(run))
     for line in (
         "| Device | A CPU, 2 threads |",
         "| Workload | batch 1, 64 prompt tokens, 32 new ones, float32 |",
@@ -77,6 +80,7 @@ def test_a_card_tells_what_lies_in_the_folder(run: Path) -> None:
         "| `data.source` | `shakespeare` |",
         "| `optimizer.lr` | `0.004` |",
         "| cloze | acc | 0.5000 | 0.4000 – 0.6000 | 2,000 |",
+        "| mine | acc | 0.2500 |  | 4 |",
     ):
         assert line in text.splitlines()
     assert "`seed`" not in text
@@ -93,9 +97,12 @@ def test_a_card_says_nothing_of_what_is_not_there(run: Path, tmp_path: Path) -> 
     assert not {"## Latency", "## Training", "## Evaluation"} & set(bare.splitlines())
     # Measured of another model.
     other = Architecture.parse("width=32 vocab_size=64 | ffn")
-    assert "Latency" not in card(RunFacts.read(run, other))
+    assert "Latency" not in card(RunFacts.read(run, other, [run / "weights"]))
     (run / "latency.json").write_text("{")
-    assert "## Latency" not in card(RunFacts.read(run, ARCHITECTURE))
+    (run / "weights").write_bytes(b"trained on")
+    again = card(read(run))
+    assert not {"## Latency", "## Evaluation"} & set(again.splitlines())
+    assert "## Training" in again
 
 
 def test_how_to_load_depends_on_the_format() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from slm.config import ConfigError
 from slm.hub.formats import FormatConfig, write_model
 from slm.hub.loading import load_model
+from slm.hub.modeling import SLMForCausalLM
 from slm.hub.weights import read_weights
 from tests.slm.hub.conftest import build_model
 
@@ -82,7 +82,7 @@ def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     weights = read_weights(tmp_path)
     assert len(weights) == len(model.state_dict())
     tokens = torch.randint(64, (1, 9))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    theirs = SLMForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(back(tokens), model(tokens))
         assert torch.equal(theirs(tokens).logits, model(tokens))
