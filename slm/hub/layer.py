@@ -36,26 +36,32 @@ def with_weights(modules: Iterable[nn.Module], run: Callable[[], Result]) -> Res
 class SLMLayer(GradientCheckpointingLayer, Layer):
     """A layer that the backward pass may compute anew, and whose weights accelerate may move.
 
-    Whatever a layer does is a call of the module here: that is where accelerate moves inputs.
+    Where accelerate has a hand in it, whatever the layer does is a call of the module: that is when
+    its inputs are moved and its weights fetched.
     """
 
     def forward(self, x: Any, *arguments: Any, run: Callable[..., Any] = Layer.forward) -> Any:
         """What `run`, a method of `Layer`, gives."""
-        # Decoding passes here for every token; only accelerate has anything to do.
-        modules = self.modules() if hasattr(self, "_hf_hook") else ()
+        modules = self.modules() if "_hf_hook" in vars(self) else ()
         return with_weights(modules, lambda: run(self, x, *arguments))
 
     def append(self, x: Tensor, sequence: Sequence, state: State) -> Tensor:
         """See `Layer.append`."""
-        return self(x, sequence, state, run=Layer.append)
+        return self._run(Layer.append, x, sequence, state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """See `Layer.step`."""
-        return self(x, state, run=Layer.step)
+        return self._run(Layer.step, x, state)
 
     def init_state(self, batch_size: int, max_tokens: int) -> State:
         """See `Layer.init_state`."""
-        return self(batch_size, max_tokens, run=Layer.init_state)
+        return self._run(Layer.init_state, batch_size, max_tokens)
+
+    def _run(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        # Decoding passes here for every token, and a call costs more than this question.
+        if "_hf_hook" in vars(self):
+            return self(*arguments, run=run)
+        return run(self, *arguments)
 
 
 class SLMLanguageModel(LanguageModel):

@@ -49,9 +49,9 @@ class SLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
-        path: Any,
+        pretrained_model_name_or_path: Any,
         *arguments: Any,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -62,6 +62,7 @@ class SLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ValueError if weights do not have the shapes that the config says, and OSError if
         their file is damaged, or a pickle of more than tensors.
         """
+        path = pretrained_model_name_or_path
         try:
             loaded: Any = super().from_pretrained(
                 path,

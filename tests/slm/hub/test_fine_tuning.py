@@ -87,6 +87,21 @@ def test_trainer_takes_a_step_that_padding_and_accumulation_do_not_change(
         step = (before[name] - parameter) / LEARNING_RATE
         torch.testing.assert_close(step, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
+    # Both calls take all texts as one batch.
+    evaluated = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    predicted = torch.from_numpy(trainer.predict(trainer.train_dataset).predictions)
+    losses, width = [], predicted.shape[1]
+    for row, text in enumerate(texts):
+        begin = 0 if side == "right" else width - len(text)
+        tokens = torch.tensor([text])
+        with torch.no_grad():
+            alone = model(tokens, labels=tokens)
+        losses += [alone.loss] * (len(text) - 1)
+        torch.testing.assert_close(
+            predicted[row, begin : begin + len(text)], alone.logits[0], rtol=1e-4, atol=1e-4
+        )
+    assert evaluated == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
     trainer.save_model(str(tmp_path / "saved"))
     again = SLMForCausalLM.from_pretrained(tmp_path / "saved")
     tokens = torch.tensor(texts[:1])
