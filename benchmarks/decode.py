@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -34,6 +32,7 @@ from latency.timer import CpuMeter, Protocol, measure_interleaved
 from latency.workload import Workload
 from slm.architecture import Architecture
 from slm.generation import Decoder
+from slm.hub.native import to_transformers
 from slm.model import LanguageModel
 
 SIZES = ("2M", "20M", "100M")
@@ -49,95 +48,11 @@ BURST_STEPS = 8
 console = Console(stderr=True)
 
 
-@dataclass(frozen=True)
-class Family:
-    """Models that both have.
-
-    layers: by size, the width, the vocabulary and the layers, each one or two operators of ours.
-    build: theirs, for a width, a vocabulary and layers.
-    """
-
-    layers: dict[str, tuple[int, int, list[str]]]
-    build: Callable[[int, int, list[str]], nn.Module]
-
-    def architecture(self, size: str) -> Architecture:
-        """Ours."""
-        width, vocab_size, layers = self.layers[size]
-        text = f"width={width} vocab_size={vocab_size} | {' '.join(layers)}"
-        return Architecture.parse(text)
-
-
 def without_their_kernels() -> None:
     """transformers takes functions of these packages where they are, whatever the device is."""
     for package in ("fla", "causal_conv1d", "mamba_ssm"):
         absent: Any = None
         sys.modules[package] = absent
-
-
-def build_llama(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=hidden(width),
-            num_hidden_layers=len(layers),
-            num_attention_heads=width // HEAD_DIM,
-            num_key_value_heads=width // HEAD_DIM // 2,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def build_mamba2(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    return Mamba2ForCausalLM(
-        Mamba2Config(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            num_hidden_layers=len(layers),
-            num_heads=2 * width // HEAD_DIM,
-            head_dim=HEAD_DIM,
-            state_size=STATE_SIZE,
-            n_groups=1,
-            tie_word_embeddings=True,
-            residual_in_fp32=False,
-        )
-    )
-
-
-def build_bamba(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
-    from transformers import BambaConfig, BambaForCausalLM
-
-    return BambaForCausalLM(
-        BambaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=hidden(width),
-            num_hidden_layers=len(layers),
-            attn_layer_indices=[n for n, layer in enumerate(layers) if ATTENTION in layer],
-            num_attention_heads=width // HEAD_DIM,
-            num_key_value_heads=width // HEAD_DIM // 2,
-            mamba_n_heads=2 * width // HEAD_DIM,
-            mamba_d_head=HEAD_DIM,
-            mamba_d_state=STATE_SIZE,
-            mamba_n_groups=1,
-            rms_norm_eps=1e-5,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 1.0,
-            },
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def hidden(width: int) -> int:
-    return int(RATIO * width) // 32 * 32
 
 
 def hybrid(count: int, every: int) -> list[str]:
@@ -147,79 +62,24 @@ def hybrid(count: int, every: int) -> list[str]:
     ]
 
 
+# By size: the width, the vocabulary and the layers, each one or two operators.
 FAMILIES = {
-    "llama": Family(
-        {
-            "2M": (128, 4096, [f"{ATTENTION} {FFN}"] * 7),
-            "20M": (384, 8192, [f"{ATTENTION} {FFN}"] * 10),
-            "100M": (768, 8192, [f"{ATTENTION} {FFN}"] * 13),
-        },
-        build_llama,
-    ),
-    "mamba2": Family(
-        {
-            "2M": (128, 4096, [MAMBA2] * 12),
-            "20M": (384, 8192, [MAMBA2] * 17),
-            "100M": (768, 8192, [MAMBA2] * 25),
-        },
-        build_mamba2,
-    ),
-    "bamba": Family(
-        {
-            "2M": (128, 4096, hybrid(6, every=3)),
-            "20M": (384, 8192, hybrid(8, every=4)),
-            "100M": (768, 8192, hybrid(10, every=5)),
-        },
-        build_bamba,
-    ),
+    "llama": {
+        "2M": (128, 4096, [f"{ATTENTION} {FFN}"] * 7),
+        "20M": (384, 8192, [f"{ATTENTION} {FFN}"] * 10),
+        "100M": (768, 8192, [f"{ATTENTION} {FFN}"] * 13),
+    },
+    "mamba2": {
+        "2M": (128, 4096, [MAMBA2] * 12),
+        "20M": (384, 8192, [MAMBA2] * 17),
+        "100M": (768, 8192, [MAMBA2] * 25),
+    },
+    "bamba": {
+        "2M": (128, 4096, hybrid(6, every=3)),
+        "20M": (384, 8192, hybrid(8, every=4)),
+        "100M": (768, 8192, hybrid(10, every=5)),
+    },
 }
-
-
-@torch.no_grad()
-def copy_weights(theirs: nn.Module, ours: LanguageModel) -> None:
-    """Give our model the weights of theirs."""
-    base = theirs.base_model
-    embedding = theirs.get_input_embeddings().weight
-    ours.embedding.weight.copy_(embedding)
-    parts = dict(base.named_children())
-    norm = next(parts[name] for name in ("norm", "norm_f", "final_layernorm") if name in parts)
-    ours.norm.weight.copy_(norm.weight)
-    left = iter(ours.layers)
-    for layer in base.layers:
-        parts = dict(layer.named_children())
-        if "mixer" in parts:
-            copy_layer(next(left), parts["norm"], mamba_weights(parts["mixer"]))
-            continue
-        mixer = parts.get("mamba") or parts["self_attn"]
-        is_mamba = "mamba" in parts
-        weights = mamba_weights(mixer) if is_mamba else attention_weights(mixer)
-        copy_layer(next(left), parts["input_layernorm"], weights)
-        norm = parts.get("pre_ff_layernorm") or parts["post_attention_layernorm"]
-        ffn = parts.get("feed_forward") or parts["mlp"]
-        copy_layer(next(left), norm, ffn_weights(ffn))
-
-
-def copy_layer(layer: Any, norm: nn.Module, weights: dict[str, Tensor]) -> None:
-    layer.norm.weight.copy_(norm.weight)
-    layer.operator.load_state_dict(weights)
-
-
-def attention_weights(theirs: nn.Module) -> dict[str, Tensor]:
-    weights = theirs.state_dict()
-    qkv = torch.cat([weights[f"{name}_proj.weight"] for name in "qkv"])
-    return {"qkv_proj.weight": qkv, "o_proj.weight": weights["o_proj.weight"]}
-
-
-def ffn_weights(theirs: nn.Module) -> dict[str, Tensor]:
-    weights = theirs.state_dict()
-    gate_up = torch.cat([weights[f"{name}_proj.weight"] for name in ("gate", "up")])
-    return {"gate_up_proj.weight": gate_up, "down_proj.weight": weights["down_proj.weight"]}
-
-
-def mamba_weights(theirs: nn.Module) -> dict[str, Tensor]:
-    return {
-        name.replace("conv1d", "convolution"): value for name, value in theirs.state_dict().items()
-    }
 
 
 @torch.no_grad()
@@ -231,14 +91,12 @@ def check_alike(theirs: nn.Module, ours: LanguageModel, tokens: Tensor) -> None:
 
 
 def compare(
-    family: Family, size: str, workload: Workload, device: Device, protocol: Protocol
+    architecture: Architecture, workload: Workload, device: Device, protocol: Protocol
 ) -> dict[str, Any]:
-    """Ours and theirs, of one size, and the reading of a buffer, in turn."""
-    architecture = family.architecture(size)
+    """Ours and theirs, and the reading of a buffer, in turn."""
     torch.manual_seed(0)
-    theirs = family.build(*family.layers[size]).eval().to(device.torch_device)
     ours = LanguageModel(architecture).eval().to(device.torch_device)
-    copy_weights(theirs, ours)
+    theirs = to_transformers(ours).to(device.torch_device)
     prompt = torch.randint(architecture.vocab_size, (1, workload.prompt_tokens))
     prompt = prompt.to(device.torch_device)
     check_alike(theirs, ours, prompt)
@@ -323,7 +181,9 @@ def main() -> None:
     for name in arguments.models:
         for size in arguments.sizes:
             console.print(f"{name} of {size}")
-            row = compare(FAMILIES[name], size, workload, device, protocol)
+            width, vocab_size, layers = FAMILIES[name][size]
+            text = f"width={width} vocab_size={vocab_size} | {' '.join(layers)}"
+            row = compare(Architecture.parse(text), workload, device, protocol)
             found.setdefault(name, {})[size] = row
     print_results(found)
     results = {

@@ -31,20 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from decode import (
-    ATTENTION,
-    FFN,
-    MAMBA2,
-    build_bamba,
-    build_llama,
-    build_mamba2,
-    copy_layer,
-    copy_weights,
-    ffn_weights,
-    hidden,
-    hybrid,
-    without_their_kernels,
-)
+from decode import ATTENTION, FFN, MAMBA2, hybrid, without_their_kernels
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -52,6 +39,7 @@ from torch import Tensor, nn
 from latency.device import Device
 from latency.timer import CpuMeter, Protocol, measure_interleaved, quiet, time_call
 from slm.architecture import Architecture
+from slm.hub.native import to_transformers
 from slm.model import LanguageModel
 from slm.training.loss import next_token_loss
 from slm.training.precision import Precision, autocast
@@ -75,13 +63,12 @@ console = Console(stderr=True)
 class Family:
     """Models that both have.
 
-    layers: each one or two operators of ours. build: theirs, for a width, a vocabulary and layers.
-    copy_weights: from theirs to ours. chunk_sizes: of theirs; none where there are no chunks.
+    layers: each one or two operators of ours. theirs: the model of transformers that computes what
+    ours does, once it is made. chunk_sizes: of theirs; none where there are no chunks.
     """
 
     layers: list[str]
-    build: Callable[[int, int, list[str]], nn.Module]
-    copy_weights: Callable[[nn.Module, LanguageModel], None] = copy_weights
+    theirs: Callable[[LanguageModel], Any] = to_transformers
     chunk_sizes: tuple[int, ...] = CHUNK_SIZES
 
     def architecture(self, width: int) -> Architecture:
@@ -91,20 +78,23 @@ class Family:
         )
 
 
-def build_qwen3_next(width: int, vocab_size: int, layers: list[str]) -> nn.Module:
+def to_qwen3_next(ours: LanguageModel) -> nn.Module:
+    """Qwen3-Next with layers of Gated DeltaNet only, whose weights `ours` takes over."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    heads = width // HEAD_DIM
+    width, operators = ours.architecture.width, ours.architecture.operators
+    heads, num_layers = width // HEAD_DIM, len(operators) // 2
+    ffn: Any = operators[1]
     model = Qwen3NextForCausalLM(
         Qwen3NextConfig(
-            vocab_size=vocab_size,
+            vocab_size=VOCAB_SIZE,
             hidden_size=width,
-            intermediate_size=hidden(width),
-            num_hidden_layers=len(layers),
+            intermediate_size=ffn.hidden(width),
+            num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
             head_dim=HEAD_DIM,
-            layer_types=["linear_attention"] * len(layers),
+            layer_types=["linear_attention"] * num_layers,
             linear_num_key_heads=heads,
             linear_num_value_heads=heads,
             linear_key_head_dim=HEAD_DIM,
@@ -117,6 +107,7 @@ def build_qwen3_next(width: int, vocab_size: int, layers: list[str]) -> nn.Modul
     for layer in model.model.layers:
         layer.linear_attn.chunk_size = 64
         layer.linear_attn.register_forward_pre_hook(pass_chunk_size, with_kwargs=True)
+    copy_qwen3_next(model, ours)
     return model
 
 
@@ -132,8 +123,13 @@ def copy_qwen3_next(theirs: nn.Module, ours: LanguageModel) -> None:
     ours.embedding.weight.copy_(theirs.get_input_embeddings().weight)
     left = iter(ours.layers)
     for layer in base.layers:
-        copy_layer(next(left), layer.input_layernorm, gated_deltanet_weights(layer.linear_attn))
-        copy_layer(next(left), layer.post_attention_layernorm, ffn_weights(layer.mlp))
+        mixer, ffn = next(left), next(left)
+        mixer.norm.weight.copy_(layer.input_layernorm.weight)
+        mixer.operator.load_state_dict(gated_deltanet_weights(layer.linear_attn))
+        ffn.norm.weight.copy_(layer.post_attention_layernorm.weight)
+        gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+        ffn.operator.gate_up_proj.weight.copy_(gate_up)
+        ffn.operator.down_proj.weight.copy_(layer.mlp.down_proj.weight)
     ours.norm.weight.copy_(base.norm.weight)
     for module in (*ours.layers, ours):
         module.norm.weight.add_(1.0)
@@ -160,12 +156,10 @@ def gated_deltanet_weights(theirs: Any) -> dict[str, Tensor]:
 
 
 FAMILIES = {
-    "attention": Family([f"{ATTENTION} {FFN}"] * 4, build_llama, chunk_sizes=()),
-    "mamba2": Family([MAMBA2] * 8, build_mamba2),
-    "gated_deltanet": Family(
-        [f"{GATED_DELTANET} {FFN}"] * 4, build_qwen3_next, copy_weights=copy_qwen3_next
-    ),
-    "hybrid": Family(hybrid(4, every=4), build_bamba),
+    "attention": Family([f"{ATTENTION} {FFN}"] * 4, chunk_sizes=()),
+    "mamba2": Family([MAMBA2] * 8),
+    "gated_deltanet": Family([f"{GATED_DELTANET} {FFN}"] * 4, to_qwen3_next),
+    "hybrid": Family(hybrid(4, every=4)),
 }
 
 
@@ -269,9 +263,8 @@ def compare(
     width, num_tokens = SHAPES[shape]
     architecture = family.architecture(width)
     torch.manual_seed(0)
-    theirs = family.build(width, VOCAB_SIZE, family.layers).train()
     ours = LanguageModel(architecture).train()
-    family.copy_weights(theirs, ours)
+    theirs = family.theirs(ours).train()
     whole, packed = make_batches(num_tokens)
     check_alike(theirs, ours, whole)
 

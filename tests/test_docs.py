@@ -27,6 +27,7 @@ from slm.generation import Decoder
 from slm.model import LanguageModel
 from slm.operators import OPERATORS, Sequence, parse_operator
 from slm.plugins import load_plugins
+from tests.slm.hub.conftest import write_run
 
 WIDTH, T = 16, 90
 
@@ -61,6 +62,7 @@ TINY = {
     ],
     "slm.generate": ["new_tokens=4", "device=cpu"],
     "slm.hub.export": ["new_tokens=4"],
+    "slm.hub.convert": ["new_tokens=4"],
 }
 
 
@@ -315,6 +317,24 @@ def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:
     assert int(batch[1]) > 1
     assert f"b{batch[1]}-p4-n4-float32" in shown
     assert "peaks:" in shown
+
+
+def test_exports_are_what_their_page_says(root: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "train")
+    write_run(tmp_path / "runs" / "llama", "", "attention(head_dim=8) ffn " * 2)
+    shutil.copytree(root / "tests/slm/hub/nemotron_flash/untied", tmp_path / "flash")
+    found = run_page(root, root / "docs" / "export.md", tmp_path)
+    (_, written), (_, rehearsed), _, _ = found
+    assert "written and checked" in written
+    assert rehearsed.splitlines()[-1].endswith("bytes would go to user/name")
+    kinds = {
+        "runs/train/export": "slm_frontier",
+        "runs/llama/export_native": "llama",
+        "models/flash": "slm_frontier",
+    }
+    for folder, kind in kinds.items():
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["model_type"] == kind
 
 
 def test_training_does_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:

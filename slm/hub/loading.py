@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from slm.architecture import Architecture
 from slm.config import ConfigError
+from slm.hub import nemotron_flash
+from slm.hub.weights import read_weights
 from slm.model import LanguageModel
 from slm.training.checkpoint import MODEL_PREFIX, TOKENIZER_FILE, load_checkpoint
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def load_model(path: str | Path) -> tuple[LanguageModel, Path]:
     """The model at `path`, on the CPU in evaluation mode, and its tokenizer's file.
 
-    `path` is a checkpoint, a run's folder or an export. Raises ConfigError naming it if it is none
-    of them.
+    `path` is a checkpoint, a run's folder, an export or a folder in the layout of Nemotron-Flash.
+    Raises ConfigError naming it if it is none of them.
     """
     path = Path(path)
-    return load_export(path) if (path / CONFIG_FILE).is_file() else load_checkpoint(path)
+    return load_folder(path) if (path / CONFIG_FILE).is_file() else load_checkpoint(path)
 
 
-def load_export(folder: Path) -> tuple[LanguageModel, Path]:
-    """As `load_model`, from an export; without the code that lies in it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def load_folder(folder: Path) -> tuple[LanguageModel, Path]:
+    """As `load_model`, from a folder with a config.json; without the code that may lie in it."""
+    config = read_folder_config(folder)
+    read = nemotron_flash.read_model if nemotron_flash.is_layout(config) else _read_export
+    weights = read_weights(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        architecture = Architecture.parse(config["architecture"])
-        weights = load_file(folder / WEIGHTS_FILE)
-        with torch.device("meta"):
-            model = LanguageModel(architecture)
-        named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
-        model.load_state_dict(named, assign=True)
-    except KeyError:
-        raise ConfigError([f"export '{folder}': {CONFIG_FILE} holds no architecture"]) from None
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        model = read(config, weights)
+    except ConfigError as error:
+        raise ConfigError([f"'{folder}': {problem}" for problem in error.problems]) from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines())
+        raise ConfigError([f"'{folder}': does not hold a model: {reason}"]) from None
+    return model, folder / TOKENIZER_FILE
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; raises ConfigError, naming it, if it is none."""
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([f"export '{folder}': does not hold a model: {reason}"]) from None
-    return model.eval(), folder / TOKENIZER_FILE
+        raise ConfigError([f"config '{file}': cannot be read: {reason}"]) from None
+    if not isinstance(config, dict):
+        raise ConfigError([f"config '{file}': must be an object"])
+    return config
+
+
+def _read_export(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LanguageModel:
+    """The model of an export's config.json and weights."""
+    if "architecture" not in config:
+        kind = config.get("model_type")
+        raise ConfigError(
+            [f"{CONFIG_FILE} holds no architecture; model_type {kind!r} cannot be read"]
+        )
+    architecture = Architecture.parse(config["architecture"])
+    with torch.device("meta"):
+        model = LanguageModel(architecture)
+    named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
+    model.load_state_dict(named, assign=True)
+    return model.eval()

@@ -6,12 +6,21 @@ from pathlib import Path
 
 from slm.config import ConfigError
 
+# Of an earlier export, what must not stay beside another one: shards, and modules of code.
+STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Name and size in bytes of each file that `push` uploads."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
 
 def push(folder: Path, repository: str, private: bool) -> str:
     """Upload the files of `folder` to the model repository 'user/name', made if it is not there.
 
-    The token is the one that `hf auth login` stored or HF_TOKEN holds. Returns the address of the
-    commit. Raises ConfigError, in one line, if the Hub cannot be reached or refuses.
+    Broken off, it can be run again: what the Hub has got already is not sent again. The token is
+    the one that `hf auth login` stored or HF_TOKEN holds. Returns the address of the commit. Raises
+    ConfigError, in one line, if the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -22,7 +31,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export by slm-frontier"
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Export by slm-frontier",
+            delete_patterns=STALE,
         )
     except HfHubHTTPError as error:
         status = error.response.status_code

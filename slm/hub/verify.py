@@ -1,7 +1,8 @@
-"""The self-check of an export: a stranger's process must get what the trained model gives."""
+"""The self-check of an export: whoever loads it must get what the trained model gives."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,13 +11,19 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from slm.data.tokenizer import load_tokenizer
+from slm.hub.formats import FormatConfig
+from slm.hub.loading import load_folder
 from slm.model import LanguageModel
+from slm.training.checkpoint import TOKENIZER_FILE
 
-# The same fp32 operations on the same machine and number of threads should differ by nothing.
+# Operations in fp32 on the same machine and number of threads: the same ones should differ by
+# nothing, those of other classes by their order.
 LOGIT_TOLERANCE = 1e-4
 NUM_ROWS, NUM_TOKENS = 2, 48
 
@@ -25,80 +32,99 @@ NUM_ROWS, NUM_TOKENS = 2, 48
 class Verification:
     """What the self-check found.
 
-    max_abs_logit_difference: to the trained model's logits, on random tokens.
-    cached_equals_uncached: greedy generation of a left-padded batch, with and without the cache.
-    sample: text generated from `prompt`, the prompt included.
+    max_abs_logit_difference: to the trained model's logits, on random tokens, both in fp32.
+    cached_equals_uncached: greedy generation of a left-padded batch, with and without the cache;
+        None where that is not ours to promise.
+    sample: text generated from `prompt`, the prompt included; None where nothing here generates.
     """
 
     max_abs_logit_difference: float
-    cached_equals_uncached: bool
+    cached_equals_uncached: bool | None
     prompt: str
-    sample: str
+    sample: str | None
     seconds: float
 
 
-def verify(model: LanguageModel, folder: Path, prompt: str, new_tokens: int) -> Verification:
-    """Load the export in `folder` where this project cannot be imported; compare with `model`.
+def verify(model: LanguageModel, folder: Path, config: FormatConfig) -> Verification:
+    """Load the export in `folder` as others would; compare with `model`.
 
-    Raises RuntimeError if it does not load, or does not give what `model` gives.
+    transformers loads it in a process where this project cannot be imported. NVIDIA's layout,
+    which needs NVIDIA's code, is read back here. Raises RuntimeError if it does not load, or does
+    not give what `model` gives.
     """
     start = time.perf_counter()
-    vocab_size = model.architecture.vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (NUM_ROWS, NUM_TOKENS), generator=generator)
-    with tempfile.TemporaryDirectory() as scratch:
-        logits_file, report_file = Path(scratch) / "logits", Path(scratch) / "report"
-        request = {
-            "folder": str(folder.resolve()),
-            "tokens": tokens.tolist(),
-            "prompt": prompt,
-            "new_tokens": new_tokens,
-            "threads": torch.get_num_threads(),
-            "logits": str(logits_file),
-            "report": str(report_file),
-        }
-        _reload(request, Path(scratch))
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-        difference = _logit_difference(model, tokens, logits_file)
-
-    expected = load_tokenizer(folder / "tokenizer.json").encode(prompt).ids
-    if report["prompt_ids"] != expected:
-        raise RuntimeError(f"export '{folder}': the tokenizer cuts {prompt!r} differently")
+    shape = (NUM_ROWS, NUM_TOKENS)
+    tokens = torch.randint(model.architecture.vocab_size, shape, generator=generator)
+    report: dict[str, Any] = {}
+    if config.format == "nemotron_flash":
+        logits = _logits(load_folder(folder)[0], tokens)
+    else:
+        logits, report = _reload(folder, config, tokens)
+    difference = float((_logits(model, tokens) - logits).abs().max())
     if not difference <= LOGIT_TOLERANCE:
         raise RuntimeError(f"export '{folder}': its logits differ by {difference:.3g}")
-    if not report["cached_equals_uncached"]:
+    if report.get("cached_equals_uncached") is False:
         raise RuntimeError(f"export '{folder}': generates something else with a cache")
     return Verification(
         max_abs_logit_difference=difference,
-        cached_equals_uncached=True,
-        prompt=prompt,
-        sample=report["sample"],
+        cached_equals_uncached=report.get("cached_equals_uncached"),
+        prompt=config.prompt,
+        sample=report.get("sample"),
         seconds=time.perf_counter() - start,
     )
 
 
-def _reload(request: dict[str, object], scratch: Path) -> None:
-    """Run `reload.py` in a clean process: no paths of this one, no cached code, no network."""
-    environment = os.environ | {
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, "-I", str(Path(__file__).with_name("reload.py"))],
-        input=json.dumps(request),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"export '{request['folder']}': does not load: {reason}")
+@torch.no_grad()
+def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Logits in fp32 of a model whose weights may be in less."""
+    if model.norm.weight.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    return model(tokens)
 
 
-def _logit_difference(model: LanguageModel, tokens: torch.Tensor, logits_file: Path) -> float:
+def _reload(folder: Path, config: FormatConfig, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Logits and report of `reload.py`, run in a clean process.
+
+    It has no paths of this one, no cached code and no network.
+    """
     from safetensors.torch import load_file
 
-    with torch.no_grad():
-        return float((model(tokens) - load_file(logits_file)["logits"]).abs().max())
+    with tempfile.TemporaryDirectory() as scratch:
+        logits_file, report_file = Path(scratch) / "logits", Path(scratch) / "report"
+        request = {
+            "folder": str(folder.resolve()),
+            "is_own": config.format == "slm",
+            "tokens": tokens.tolist(),
+            "prompt": config.prompt,
+            "new_tokens": config.new_tokens,
+            "threads": torch.get_num_threads(),
+            "logits": str(logits_file),
+            "report": str(report_file),
+        }
+        environment = os.environ | {
+            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", str(Path(__file__).with_name("reload.py"))],
+            input=json.dumps(request),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(f"export '{folder}': does not load: {reason}")
+        report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+        logits = load_file(logits_file)["logits"]
+    _check_tokenizer(folder, config.prompt, report["prompt_ids"])
+    return logits, report
+
+
+def _check_tokenizer(folder: Path, prompt: str, ids: list[int] | None) -> None:
+    """Raise RuntimeError if transformers cuts the prompt into other tokens than training did."""
+    if ids is not None and ids != load_tokenizer(folder / TOKENIZER_FILE).encode(prompt).ids:
+        raise RuntimeError(f"export '{folder}': the tokenizer cuts {prompt!r} differently")

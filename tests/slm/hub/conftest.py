@@ -25,11 +25,13 @@ OPERATORS = (
 
 
 def build_model(
-    fields: str = "", operators: str = OPERATORS, vocab_size: int = 64
+    fields: str = "", operators: str = OPERATORS, vocab_size: int = 64, width: int = 32
 ) -> LanguageModel:
     """A model of all operators with weights large enough that tokens matter."""
     torch.manual_seed(0)
-    architecture = Architecture.parse(f"width=32 vocab_size={vocab_size} {fields} | {operators}")
+    architecture = Architecture.parse(
+        f"width={width} vocab_size={vocab_size} {fields} | {operators}"
+    )
     model = LanguageModel(architecture).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from slm.config import ConfigError, read
-from slm.hub.export import ExportConfig, export, write_model, write_tokenizer
+from slm.hub.export import ExportConfig, export
+from slm.hub.formats import FormatConfig, write_model, write_tokenizer
 from slm.hub.loading import load_model
 from slm.hub.verify import Verification, verify
 from slm.operators import OPERATORS
@@ -96,7 +97,7 @@ def test_self_check_finds_other_weights(exported: object) -> None:
     with torch.no_grad():
         model.layers[2].norm.weight[3] += 0.5
     with pytest.raises(RuntimeError, match="its logits differ by"):
-        verify(model, exported.folder, "to be", new_tokens=2)
+        verify(model, exported.folder, FormatConfig(prompt="to be", new_tokens=2))
 
 
 def test_model_card(exported: object) -> None:
@@ -220,9 +221,10 @@ def test_operator_of_ones_own_is_carried_along(
         model, tokenizer_file = load_checkpoint(run)
         folder = tmp_path / "export"
         folder.mkdir()
-        write_model(model, write_tokenizer(tokenizer_file, folder), folder)
+        config = FormatConfig(prompt="to be", new_tokens=2)
+        write_model(model, config, write_tokenizer(tokenizer_file, folder), folder)
         assert (folder / "my_operators.py").is_file()
-        assert verify(model, folder, "to be", new_tokens=2).max_abs_logit_difference < 1e-5
+        assert verify(model, folder, config).max_abs_logit_difference < 1e-5
     finally:
         del OPERATORS["scale_of_mine"]
 

@@ -1,0 +1,140 @@
+"""The formats in which a model is written for others to load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from slm.config import ConfigError, schema
+from slm.data.tokenizer import end_of_text_id, load_tokenizer
+from slm.hub import nemotron_flash
+from slm.hub.flatten import flatten
+from slm.hub.weights import MAX_SHARD_SIZE, write_weights
+from slm.model import LanguageModel
+from slm.operators import OPERATORS
+from slm.runtime import PluginsConfig
+from slm.training.checkpoint import TOKENIZER_FILE
+
+Format = Literal["slm", "nemotron_flash", "native"]
+
+CONFIG_FILE = "config.json"
+ENTRIES = ("slm.hub.configuration", "slm.hub.modeling")
+AUTO_MAP = {
+    "AutoConfig": "slm_hub_configuration.SLMConfig",
+    "AutoModelForCausalLM": "slm_hub_modeling.SLMForCausalLM",
+}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@schema
+class FormatConfig(PluginsConfig):
+    """How a model is written.
+
+    format: 'slm', what transformers loads with the code beside it; 'nemotron_flash', NVIDIA's
+        layout; 'native', a class that transformers has itself.
+    dtype: of the weights; None: the one they have.
+    context_tokens: longest context that servers take the model for, where a format holds it.
+    prompt, new_tokens: of the sample that the self-check generates.
+    """
+
+    format: Format = "slm"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    context_tokens: Annotated[int, Field(gt=0)] = 4096
+    prompt: str = "The "
+    new_tokens: Annotated[int, Field(gt=0)] = 64
+
+
+def write_model(model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path) -> None:
+    """Write config, generation config and weights, and where needed code, into `folder`.
+
+    end_of_text: id of the token that begins and ends a text. Raises ConfigError with everything
+    that keeps the format from holding the model.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if config.dtype is not None:
+        model = model.to(getattr(torch, config.dtype))
+    WRITERS[config.format](model, config, end_of_text, folder)
+
+
+def write_tokenizer(tokenizer_file: Path, folder: Path) -> int:
+    """Write the tokenizer as transformers wants it; the id of its end of text."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = load_tokenizer(tokenizer_file)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    end_of_text = end_of_text_id(tokenizer)
+    token = tokenizer.id_to_token(end_of_text)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=token,
+        eos_token=token,
+        pad_token=token,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    # As it was trained with, untouched by the wrapper.
+    shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
+    return end_of_text
+
+
+def is_plugin(module: str) -> bool:
+    """Whether an operator's module lies outside this package."""
+    return module.partition(".")[0] != __package__.partition(".")[0]
+
+
+def _write_slm(model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    from slm.hub.configuration import SLMConfig
+    from slm.hub.modeling import SLMForCausalLM
+
+    special: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS, end_of_text)
+    # Built without storage: the weights are those of `model`.
+    with torch.device("meta"):
+        shell = SLMForCausalLM(SLMConfig(str(model.architecture), auto_map=AUTO_MAP, **special))
+    shell.model = model
+    shell.generation_config = GenerationConfig(**special)
+    shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    used = {OPERATORS[operator.name].__module__ for operator in model.architecture.operators}
+    for name, text in flatten(ENTRIES, sorted(filter(is_plugin, used))).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_nemotron_flash(
+    model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path
+) -> None:
+    from transformers import GenerationConfig
+
+    written = nemotron_flash.write_config(model.architecture, end_of_text, config.context_tokens)
+    values = dataclasses.asdict(written) | {"dtype": str(model.norm.weight.dtype).split(".")[1]}
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    GenerationConfig(**dict.fromkeys(SPECIAL_TOKENS, end_of_text)).save_pretrained(folder)
+    write_weights(nemotron_flash.write_model(model), folder)
+
+
+def _write_native(
+    model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path
+) -> None:
+    from slm.hub.native import to_transformers
+
+    theirs = to_transformers(model, end_of_text, config.context_tokens)
+    theirs.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+WRITERS: dict[Format, Callable[[LanguageModel, FormatConfig, int, Path], None]] = {
+    "slm": _write_slm,
+    "nemotron_flash": _write_nemotron_flash,
+    "native": _write_native,
+}
