@@ -60,7 +60,7 @@ from transformers import PretrainedConfig
 
 from slm.architecture import Architecture
 from slm.hub.configuration import SLMConfig
-from slm.hub.loading import load_export
+from slm.hub.loading import load_model
 from slm.hub.modeling import SLMForCausalLM
 from slm.model import LanguageModel
 from slm.operators import Operator
@@ -276,7 +276,7 @@ def test_resized_vocabulary(wrap: Wrap, fields: str, size: int, tmp_path: Path) 
     torch.testing.assert_close(after[..., :kept], before[..., :kept])
     # The text of the architecture tells others, and both of them agree.
     model.save_pretrained(tmp_path)
-    elsewhere, _ = load_export(tmp_path)
+    elsewhere, _ = load_model(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(elsewhere(tokens), after)
     assert model(tokens, labels=tokens).loss.isfinite()
