@@ -1,5 +1,6 @@
 """Where and in which precision an export's weights lie: dtypes, and devices by accelerate."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from slm.hub.configuration import SLMConfig
 from slm.hub.modeling import SLMForCausalLM
 from slm.kernels.documents import Documents
-from slm.operators import Sequence
+from slm.operators import OPERATORS, Sequence
 
 
 def padded_batch() -> dict[str, Tensor]:
@@ -51,6 +53,20 @@ def test_half_precision_trains(exported: object) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+MIXERS = [
+    "attention(head_dim=8,window=5,pinned_tokens=2)",
+    "mamba(state_size=4)",
+    "mamba2(head_dim=16,state_size=8)",
+    "linear_attention(head_dim=8)",
+    "gla(head_dim=8)",
+    "deltanet(head_dim=8)",
+    "gated_deltanet(head_dim=8)",
+    "rwkv7(head_dim=8)",
+    "kda(head_dim=8)",
+    "short_convolution",
+]
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -81,6 +97,42 @@ def test_everything_on_disk(exported: object, tmp_path: Path) -> None:
         exported.folder, device_map={"": "disk"}, offload_folder=str(tmp_path)
     )
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert_same(model, whole, padded_batch())
+
+
+def test_every_operator_is_named() -> None:
+    ours = {name for name, cls in OPERATORS.items() if cls.__module__.startswith("slm.")}
+    assert {text.partition("(")[0] for text in MIXERS} == ours - {"ffn"}
+
+
+def model_of(mixer: str) -> SLMForCausalLM:
+    text = f"width=32 vocab_size=256 meta_tokens=2 tie_embeddings=False | {mixer} ffn"
+    model = SLMForCausalLM(SLMConfig(text)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_operator_computes_in_half_precision(mixer: str) -> None:
+    model, batch = model_of(mixer), padded_batch()
+    with torch.no_grad():
+        expected = model(**batch).logits[1]
+        for dtype, error in ((torch.float16, 0.004), (torch.bfloat16, 0.03)):
+            half = copy.deepcopy(model).to(dtype)
+            for use_cache in (True, False):
+                logits = half(**batch, use_cache=use_cache).logits[1]
+                assert (logits - expected).norm() < error * expected.norm()
+            assert half.generate(**batch, max_new_tokens=2, do_sample=False).shape == (2, 10)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_operator_reads_its_weights_from_disk(mixer: str, tmp_path: Path) -> None:
+    whole = model_of(mixer)
+    whole.save_pretrained(tmp_path)
+    model = SLMForCausalLM.from_pretrained(
+        tmp_path, device_map={"": "disk"}, offload_folder=str(tmp_path / "offload")
+    )
     assert_same(model, whole, padded_batch())
 
 
