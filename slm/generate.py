@@ -15,10 +15,10 @@ from pydantic import Field
 
 from slm.compilation import compiler_problems
 from slm.config import ConfigError, entry_point, read, schema
-from slm.data.tokenizer import end_of_text_id, load_tokenizer
+from slm.data.tokenizer import load_tokenizer
 from slm.decoding_step import CompileUnit, is_compiled
 from slm.generation import Decoder
-from slm.hub.loading import load_model
+from slm.hub.loading import load_model, stop_tokens
 from slm.kernels.backend import set_backend
 from slm.runtime import RuntimeConfig
 
@@ -27,7 +27,7 @@ from slm.runtime import RuntimeConfig
 class GenerateConfig(RuntimeConfig):
     """What to generate from, and how.
 
-    checkpoint: a `.ckpt` file, a run's folder or an export.
+    checkpoint: a `.ckpt` file, a run's folder, an export or a folder of Nemotron-Flash.
     temperature, top_k, top_p: as in `slm.generation.Sampler`.
     compile_unit: what of a step is compiled as one, once for a model's shapes, see
         `slm.decoding_step`; None: a whole step if that has been done before, else nothing.
@@ -68,10 +68,9 @@ def stream(config: GenerateConfig) -> Iterator[str]:
     model, tokenizer_file = load_model(config.checkpoint)
     model = model.to(config.device_type)
     try:
-        tokenizer = load_tokenizer(tokenizer_file)
+        tokenizer, stops = load_tokenizer(tokenizer_file), stop_tokens(tokenizer_file)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
-    end_of_text = end_of_text_id(tokenizer)
     # The end of text comes first, as in training.
     tokens = torch.tensor([tokenizer.encode(config.prompt).ids], device=model.norm.weight.device)
 
@@ -88,7 +87,7 @@ def stream(config: GenerateConfig) -> Iterator[str]:
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
-        stop_tokens=[end_of_text],
+        stop_tokens=stops,
     ):
         # None in the middle of a character.
         piece = decode.step(tokenizer, int(token))

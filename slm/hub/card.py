@@ -30,7 +30,7 @@ tags:
 
 # {name}
 
-A language model of {parameters:,} parameters, designed and trained with slm-frontier.
+A language model of {parameters:,} parameters, {origin} slm-frontier.
 
 ## Architecture
 
@@ -124,10 +124,12 @@ def model_card(
     prompt: str,
     license: str,
     format: str,
+    origin: str = "designed and trained with",
 ) -> str:
     """The card, in Markdown.
 
     path: where to load the model from. format: as in `slm.hub.formats.FormatConfig`.
+    origin: what this project has to do with the model.
     """
     sections = (
         _section("Latency", _latency(facts.latency)),
@@ -137,6 +139,7 @@ def model_card(
     return CARD.format(
         tag=TAG,
         name=name,
+        origin=origin,
         license=license,
         parameters=architecture.parameters(),
         facts=_rows(_architecture_facts(architecture)),
@@ -254,7 +257,7 @@ def _training(facts: RunFacts) -> str:
     shown = {
         f"`{key}`": f"`{value}`"
         for key, value in config.items()
-        if key.startswith(TRAINING_CONFIG) and value is not None
+        if key.startswith(TRAINING_CONFIG) and value not in (None, [], {}, "")
     }
     parts = [_table(figures)] if figures else []
     if len(facts.curve) > 1:

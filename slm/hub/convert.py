@@ -78,6 +78,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             prompt=config.prompt,
             license=config.license,
             format=config.format,
+            origin="converted by",
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         verification = verify(model, folder, config)

@@ -10,20 +10,23 @@ import ast
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 
 ALLOWED = sys.stdlib_module_names | {"torch", "transformers"}
 
 
-def flatten(entries: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, str]:
+def flatten(
+    entries: Sequence[str], plugins: Sequence[str] = (), unused: Collection[str] = ()
+) -> dict[str, str]:
     """The modules `entries`, and all they import from their own packages, as files by name.
 
     `slm.operators.attention` becomes `slm_operators_attention.py`, and every import from a package
     of the entries or the plugins a relative one. plugins: modules from elsewhere, which every
-    entry imports. Raises ValueError if a module imports something else than these packages,
-    torch, transformers and the standard library, or imports it in a form that has no flat one.
+    entry imports. unused: modules that the package they lie in need not import. Raises ValueError
+    if a module imports something else than these packages, torch, transformers and the standard
+    library, or imports it in a form that has no flat one.
     """
     packages = {name.partition(".")[0] for name in (*entries, *plugins)}
     sources: dict[str, str] = {}
@@ -32,7 +35,7 @@ def flatten(entries: Sequence[str], plugins: Sequence[str] = ()) -> dict[str, st
     while pending:
         name = pending.pop()
         if name not in sources:
-            sources[name], imports[name] = _flat_module(name, packages)
+            sources[name], imports[name] = _flat_module(name, packages, unused)
             pending.extend(imports[name])
     for entry in entries:
         # transformers 5.6 copies only the files that an entry imports itself.
@@ -58,7 +61,7 @@ def _reachable(names: Sequence[str], imports: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def _flat_module(name: str, packages: set[str]) -> tuple[str, set[str]]:
+def _flat_module(name: str, packages: set[str], unused: Collection[str]) -> tuple[str, set[str]]:
     """The flat source of a module, and the modules of `packages` that it imports."""
     module = importlib.import_module(name)
     if module.__file__ is None or name == "__main__":
@@ -73,6 +76,10 @@ def _flat_module(name: str, packages: set[str]) -> tuple[str, set[str]]:
             target = _absolute(node, module.__package__ or "")
             if target.partition(".")[0] not in packages:
                 _check_foreign(name, target, packages)
+                continue
+            if target in unused and target.rpartition(".")[0] == name:
+                first, last = node.lineno - 1, node.end_lineno or node.lineno
+                lines[first:last] = [""] * (last - first)
                 continue
             _check_names(name, target, node)
             imported.add(target)

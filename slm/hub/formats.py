@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from slm.architecture import Architecture
 from slm.config import ConfigError, schema
 from slm.data.tokenizer import end_of_text_id, load_tokenizer
 from slm.hub import nemotron_flash
@@ -107,9 +108,18 @@ def _write_slm(model: LanguageModel, config: FormatConfig, end_of_text: int, fol
     shell.model = model
     shell.generation_config = GenerationConfig(**special)
     shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-    used = {OPERATORS[operator.name].__module__ for operator in model.architecture.operators}
-    for name, text in flatten(ENTRIES, sorted(filter(is_plugin, used))).items():
+    for name, text in _code(model).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _code(model: LanguageModel) -> dict[str, str]:
+    """The code of a model's classes, and of the operators that it has, as files by name."""
+    from slm.hub.configuration import SMALLEST
+
+    parsed = (model.architecture, Architecture.parse(SMALLEST))
+    used = {OPERATORS[each.name].__module__ for one in parsed for each in one.operators}
+    others = {operator.__module__ for operator in OPERATORS.values()} - used
+    return flatten(ENTRIES, sorted(filter(is_plugin, used)), others)
 
 
 def _write_nemotron_flash(

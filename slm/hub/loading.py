@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slm.architecture import Architecture
 from slm.config import ConfigError
+from slm.data.tokenizer import end_of_text_id, load_tokenizer
 from slm.hub import nemotron_flash
 from slm.hub.weights import read_weights
 from slm.model import LanguageModel
@@ -33,7 +34,13 @@ def load_model(path: str | Path) -> tuple[LanguageModel, Path]:
 def load_folder(folder: Path) -> tuple[LanguageModel, Path]:
     """As `load_model`, from a folder with a config.json; without the code that may lie in it."""
     config = read_folder_config(folder)
-    read = nemotron_flash.read_model if nemotron_flash.is_layout(config) else _read_export
+    is_theirs = nemotron_flash.is_layout(config)
+    if not is_theirs and "architecture" not in config:
+        kind = config.get("model_type")
+        raise ConfigError(
+            [f"'{folder}': {CONFIG_FILE} holds no architecture; model_type {kind!r} is not known"]
+        )
+    read = nemotron_flash.read_model if is_theirs else _read_export
     weights = read_weights(folder)
     try:
         model = read(config, weights)
@@ -43,6 +50,22 @@ def load_folder(folder: Path) -> tuple[LanguageModel, Path]:
         reason = " ".join(line.strip() for line in str(error).splitlines())
         raise ConfigError([f"'{folder}': does not hold a model: {reason}"]) from None
     return model, folder / TOKENIZER_FILE
+
+
+def stop_tokens(tokenizer_file: Path) -> list[int]:
+    """Ids of the tokens that end a text of the model beside whose tokenizer's file it is given.
+
+    A folder with a config.json says which; a run's tokenizer puts it before every text. Raises
+    ValueError naming a file that holds no tokenizer.
+    """
+    folder = tokenizer_file.parent
+    config = read_folder_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    match config.get("eos_token_id"):
+        case int(number):
+            return [number]
+        case [*numbers]:
+            return numbers
+    return [end_of_text_id(load_tokenizer(tokenizer_file))]
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
@@ -60,11 +83,6 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 def _read_export(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LanguageModel:
     """The model of an export's config.json and weights."""
-    if "architecture" not in config:
-        kind = config.get("model_type")
-        raise ConfigError(
-            [f"{CONFIG_FILE} holds no architecture; model_type {kind!r} cannot be read"]
-        )
     architecture = Architecture.parse(config["architecture"])
     with torch.device("meta"):
         model = LanguageModel(architecture)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slm.hub.loading import load_model
+from slm.hub.loading import load_model, stop_tokens
 
 GOLDEN = Path(__file__).parent / "nemotron_flash"
 LLAMA = "attention(head_dim=8) ffn attention(head_dim=8) ffn"
@@ -35,6 +35,7 @@ def test_nemotron_flash_becomes_ours_and_back(dtype: str, tmp_path: Path) -> Non
     assert json.loads((ours / "config.json").read_text())["dtype"] == dtype
     card = (ours / "README.md").read_text()
     assert "license: other" in card
+    assert "converted by slm-frontier" in card
     assert "trust_remote_code=True" in card
 
     done = convert(f"path={ours}", f"out={back}", "format=nemotron_flash", "license=other")
@@ -82,6 +83,13 @@ def test_the_tokenizer_goes_along(make_run: Any, tmp_path: Path) -> None:
     model, tokenizer_file = load_model(out)
     assert model.architecture.meta_tokens == 8
     assert tokenizer_file == out / "tokenizer.json"
+    # Theirs says in its config what ends a text, a run's tokenizer by beginning with it.
+    assert stop_tokens(path / "tokenizer.json") == stop_tokens(tokenizer_file) == [2]
+    assert stop_tokens(run / "tokenizer.json") == [0]
+    (path / "config.json").write_text(
+        json.dumps(json.loads((path / "config.json").read_text()) | {"eos_token_id": [2, 5]})
+    )
+    assert stop_tokens(path / "tokenizer.json") == [2, 5]
 
 
 def test_problems_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -96,5 +104,5 @@ def test_problems_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
     ]
     done = convert(f"path={mine}", f"out={tmp_path / 'out'}", "license=other")
     assert done.returncode == 2
-    assert "model.safetensors': no such file" in done.stderr
+    assert "model_type 'llama' is not known" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from slm.hub.flatten import flatten
+from slm.hub.formats import FormatConfig, write_model
+from tests.slm.hub.conftest import build_model
 
 ENTRIES = ("slm.hub.configuration", "slm.hub.modeling")
 
@@ -37,6 +41,20 @@ def test_model_needs_torch_transformers_and_its_own_files_only() -> None:
             elif isinstance(node, ast.ImportFrom):
                 foreign.add(node.module.partition(".")[0])
     assert foreign - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_operators_that_a_model_has_not_are_left_out(tmp_path: Path) -> None:
+    model = build_model("", "attention(head_dim=8) deltanet(head_dim=8)")
+    write_model(model, FormatConfig(), 0, tmp_path)
+    operators = {path.name for path in tmp_path.glob("slm_operators_*.py")}
+    # The config's default has an FFN.
+    parts = {f"slm_operators_{name}.py" for name in ("base", "parts", "ffn")}
+    assert operators == parts | {"slm_operators_attention.py", "slm_operators_deltanet.py"}
+    assert "slm_kernels_rwkv7.py" not in {path.name for path in tmp_path.iterdir()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    tokens = torch.randint(64, (1, 5))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens))
 
 
 def test_only_imports_are_changed(root: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_config_of_another_model_is_refused(folder: Path) -> None:
     )
     assert "size mismatch" in problem(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert "model_type 'llama' cannot be read" in problem(folder)
+    assert "model_type 'llama' is not known" in problem(folder)
 
 
 def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
