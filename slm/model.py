@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,10 @@ class Layer(nn.Module):
         """One token x [B, D]; updates `state` in place."""
         return x + self.operator.step(self.norm(x), state)
 
+    def init_state(self, batch_size: int, max_tokens: int) -> State:
+        """Empty buffers of the operator for `batch_size` rows of up to `max_tokens` tokens."""
+        return self.operator.init_state(batch_size, max_tokens)
+
 
 class ModelState:
     """The static state of a batch: one state per operator, meta tokens already absorbed."""
@@ -99,6 +103,8 @@ class LanguageModel(nn.Module):
     So packed training equals separate documents, and training equals decoding.
     """
 
+    layer_class: ClassVar[type[Layer]] = Layer
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         # Of the head: the matrix, what tells whether it has changed, and the norms of its rows.
@@ -107,7 +113,10 @@ class LanguageModel(nn.Module):
         self.architecture = architecture
         self.embedding = nn.Embedding(vocab_size, width)
         self.meta_tokens = nn.Parameter(torch.empty(architecture.meta_tokens, width))
-        layers = [Layer(config, width, architecture.norm_eps) for config in architecture.operators]
+        layers = [
+            self.layer_class(config, width, architecture.norm_eps)
+            for config in architecture.operators
+        ]
         # A ModuleList; the cast gives its items their type.
         self.layers = cast("list[Layer]", nn.ModuleList(layers))
         self.norm = RMSNorm(width, eps=architecture.norm_eps)
@@ -150,13 +159,20 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """The residual stream [B, T, D] after the last norm."""
         packed = None if documents is None else Documents.in_rows(documents)
-        sequence = Sequence(packed, lengths)
-        x = self.embedding(tokens)
+        return self.scan(self.embedding(tokens), Sequence(packed, lengths))
+
+    def scan(self, x: Tensor, sequence: Sequence, streams: list[Tensor] | None = None) -> Tensor:
+        """The residual stream [B, T, D] after the last norm, of embedded tokens x [B, T, D].
+
+        streams: takes the residual stream [B, T, D] as each layer leaves it.
+        """
         meta, memory = self.meta_tokens.unsqueeze(0), None
         for layer in self.layers:
             if self.architecture.meta_tokens:
                 meta, memory = layer(meta, Sequence(), None)
             x, _ = layer(x, sequence, memory)
+            if streams is not None:
+                streams.append(x)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -210,9 +226,7 @@ class LanguageModel(nn.Module):
             if num_meta:
                 meta, memory = layer(meta, Sequence(), None)
             memories.append(memory)
-        states = [
-            layer.operator.init_state(batch_size, num_meta + max_tokens) for layer in self.layers
-        ]
+        states = [layer.init_state(batch_size, num_meta + max_tokens) for layer in self.layers]
         return ModelState(states, memories)
 
     @torch.no_grad()
@@ -221,10 +235,25 @@ class LanguageModel(nn.Module):
 
         lengths: [B] int64, real tokens of each row; what follows them is padding.
         """
+        return self.extend(self.embedding(tokens), state, lengths)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        x: Tensor,
+        state: ModelState,
+        lengths: Tensor | None = None,
+        streams: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `append`, of embedded tokens x [B, T, D].
+
+        streams: takes the residual stream, of the shape of x, as each layer leaves it.
+        """
         sequence = Sequence(None, lengths)
-        x = self.embedding(tokens)
         for layer, operator_state in zip(self.layers, state.operators, strict=True):
             x = layer.append(x, sequence, operator_state)
+            if streams is not None:
+                streams.append(x)
         return self.norm(x)
 
     @torch.no_grad()
@@ -235,14 +264,17 @@ class LanguageModel(nn.Module):
         return self.logits(hidden[:, -1] if lengths is None else hidden[rows, lengths - 1])
 
     @torch.no_grad()
-    def append_one(self, tokens: Tensor, state: ModelState) -> Tensor:
-        """Append one token [B] per row to `state`, in place; the residual stream [B, D]."""
-        x = self.embedding(tokens)
+    def extend_one(
+        self, x: Tensor, state: ModelState, streams: list[Tensor] | None = None
+    ) -> Tensor:
+        """Append one embedded token x [B, D] per row to `state`, in place; else as `extend`."""
         for layer, operator_state in zip(self.layers, state.operators, strict=True):
             x = layer.step(x, operator_state)
+            if streams is not None:
+                streams.append(x)
         return self.norm(x)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> Tensor:
-        """As `append_one`; logits [B, V]."""
-        return self.logits(self.append_one(tokens, state))
+        """Append one token [B] per row to `state`, in place; logits [B, V]."""
+        return self.logits(self.extend_one(self.embedding(tokens), state))

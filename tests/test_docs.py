@@ -219,6 +219,7 @@ def run(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProces
         "OMP_NUM_THREADS": "1",
         # A lock of its own: the command does not wait for what else runs on this machine.
         "TMPDIR": str(folder),
+        "HF_MODULES_CACHE": str(folder / "modules"),
     }
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
@@ -363,7 +364,8 @@ def test_exports_are_what_their_page_says(root: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "train")
     write_run(tmp_path / "runs" / "llama", "", "attention(head_dim=8) ffn " * 2)
     shutil.copytree(root / "tests/slm/hub/nemotron_flash/untied", tmp_path / "flash")
-    found = run_page(root, root / "docs" / "export.md", tmp_path)
+    page = root / "docs" / "export.md"
+    found = run_page(root, page, tmp_path)
     (_, written), (_, rehearsed), _, _ = found
     assert "written and checked" in written
     assert rehearsed.splitlines()[-1].endswith("bytes would go to user/name")
@@ -375,6 +377,10 @@ def test_exports_are_what_their_page_says(root: Path, tmp_path: Path) -> None:
     for folder, kind in kinds.items():
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["model_type"] == kind
+    shown = "\n".join([*page_blocks(page, "python"), "print(type(model).__module__)"])
+    done = run(root, tmp_path, "-c", shown)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "slm.hub.modeling"
 
 
 def test_training_does_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:

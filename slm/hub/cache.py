@@ -42,27 +42,42 @@ class SLMCache:
             self.lengths = self.lengths.index_select(0, beam_idx)
 
     @torch.no_grad()
-    def append(self, model: LanguageModel, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """Read tokens [B, T], of which `lengths` [B] are real; the normed residual [B, T, D]."""
-        state = self._reserve(model, tokens)
-        if lengths is not None or self.lengths is not None:
-            before = tokens.new_tensor(self.num_tokens) if self.lengths is None else self.lengths
-            self.lengths = before + (tokens.shape[1] if lengths is None else lengths)
-        self.num_tokens += tokens.shape[1]
+    def append(
+        self,
+        model: LanguageModel,
+        x: Tensor,
+        lengths: Tensor | None,
+        streams: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Read embedded tokens x [B, T, D], of which `lengths` [B] are real.
 
-        if tokens.shape[1] == 1 and lengths is None:
-            return model.append_one(tokens.squeeze(1), state).unsqueeze(1)
-        return model.append(tokens, state, lengths)
+        Returns the residual stream [B, T, D] after the last norm; streams: takes it as each layer
+        leaves it.
+        """
+        num_rows, num_tokens, _ = x.shape
+        state = self._reserve(model, num_rows, num_tokens)
+        if lengths is not None:
+            self.lengths = lengths + (self.num_tokens if self.lengths is None else self.lengths)
+        elif self.lengths is not None:
+            self.lengths = self.lengths + num_tokens
+        self.num_tokens += num_tokens
 
-    def _reserve(self, model: LanguageModel, tokens: Tensor) -> ModelState:
-        """The state, with room for tokens [B, T] more."""
-        needed = self.num_tokens + tokens.shape[1]
+        if num_tokens > 1 or lengths is not None:
+            return model.extend(x, state, lengths, streams)
+        last = model.extend_one(x.squeeze(1), state, streams)
+        if streams is not None:
+            streams[:] = [stream.unsqueeze(1) for stream in streams]
+        return last.unsqueeze(1)
+
+    def _reserve(self, model: LanguageModel, batch_size: int, num_tokens: int) -> ModelState:
+        """The state, with room for so many tokens more per row."""
+        needed = self.num_tokens + num_tokens
         if self.state is None:
             self.max_tokens = max(self.max_tokens, needed)
-            self.state = model.init_state(tokens.shape[0], self.max_tokens)
+            self.state = model.init_state(batch_size, self.max_tokens)
         elif needed > self.max_tokens:
             self.max_tokens = max(2 * self.max_tokens, needed)
-            self.state = self._grown(model, self.state, tokens.shape[0])
+            self.state = self._grown(model, self.state, batch_size)
         return self.state
 
     def _grown(self, model: LanguageModel, state: ModelState, batch_size: int) -> ModelState:

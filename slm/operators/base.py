@@ -43,6 +43,15 @@ class Sequence:
         place = torch.arange(num_tokens, device=self.lengths.device)
         return place < self.lengths[:, None]
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Sequence:
+        """The same on another device."""
+        documents, lengths = self.documents, self.lengths
+        if documents is not None:
+            documents = Documents(documents.begins.to(device, non_blocking=non_blocking))
+        if lengths is not None:
+            lengths = lengths.to(device, non_blocking=non_blocking)
+        return Sequence(documents, lengths)
+
 
 class State:
     """Static buffers [B, ...] of one operator for a fixed batch."""
@@ -81,7 +90,7 @@ class State:
     def reorder(self, index: Tensor) -> None:
         """Row b becomes row index[b], in place (beam search)."""
         for tensor in self.tensors():
-            tensor.copy_(tensor.index_select(0, index))
+            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
 
 
 @dataclass(frozen=True)

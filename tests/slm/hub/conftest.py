@@ -73,6 +73,12 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
+def stranger() -> str:
+    """What comes before the code of a stranger, who has torch and transformers only."""
+    return Path(__file__).with_name("stranger.py").read_text()
+
+
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     return write_run
 

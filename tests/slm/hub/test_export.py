@@ -25,11 +25,9 @@ RunExport = Callable[..., subprocess.CompletedProcess[str]]
 
 # What a person types who has torch and transformers only.
 STRANGER = """
-import json, sys
-sys.modules.update(slm=None, fla=None)
+import json
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-folder, copy = sys.argv[1:]
+folder, copy = sys.argv[2:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -53,10 +51,12 @@ print(json.dumps({
 """
 
 
-def test_strangers_get_the_trained_model(exported: object, tmp_path: Path) -> None:
+def test_strangers_get_the_trained_model(exported: object, stranger: str, tmp_path: Path) -> None:
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"}
+    tokenizer = exported.folder / "tokenizer.json"
+    folders = map(str, (tokenizer, exported.folder, tmp_path / "copy"))
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(exported.folder), str(tmp_path / "copy")],
+        [sys.executable, "-I", "-c", stranger + STRANGER, *folders],
         env=environment,
         capture_output=True,
         text=True,
