@@ -32,6 +32,9 @@ class SLMConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        if __name__ == "slm.hub.configuration":
+            # Beside what is saved from here lies no code: only an export says where it is.
+            kwargs.pop("auto_map", None)
         parsed = Architecture.parse(architecture)
         if vocab_size is not None:
             parsed = replace(parsed, vocab_size=vocab_size)

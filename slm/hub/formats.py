@@ -104,7 +104,8 @@ def _write_slm(model: LanguageModel, config: FormatConfig, end_of_text: int, fol
     special: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS, end_of_text)
     # Built without storage: the weights are those of `model`.
     with torch.device("meta"):
-        shell = SLMForCausalLM(SLMConfig(str(model.architecture), auto_map=AUTO_MAP, **special))
+        shell = SLMForCausalLM(SLMConfig(str(model.architecture), **special))
+    shell.config.auto_map = AUTO_MAP
     shell.model = model
     shell.generation_config = GenerationConfig(**special)
     shell.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

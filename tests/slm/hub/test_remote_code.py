@@ -181,3 +181,6 @@ def test_registered_classes_need_no_remote_code(
     assert remote.startswith("transformers_modules.")
     assert set(ours) == {"slm.hub.modeling"}
     assert all(tokens == found["generated"][0] for tokens in found["generated"])
+    # No code lies beside the copy, and its config says of none.
+    assert "auto_map" in json.loads((exported.folder / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "copy" / "config.json").read_text())
