@@ -30,18 +30,19 @@ from slm.evaluation_results import (
     Figure,
     Result,
     add_results,
+    is_of,
     is_result_file,
     results_table,
 )
 from slm.harness import answering, exported_model, run_tasks, task_problems
-from slm.hub.loading import CONFIG_FILE, load_model
+from slm.hub.loading import CONFIG_FILE, load_model_and_tokenizer
 from slm.hub.weights import weights_files
 from slm.kernels.backend import set_backend
 from slm.model import LanguageModel
 from slm.perplexity import perplexity
 from slm.runtime import RuntimeConfig
 from slm.tasks import TASKS, write_tasks
-from slm.training.checkpoint import checkpoint_file
+from slm.training.checkpoint import LAST_CHECKPOINT, checkpoint_file
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -86,6 +87,8 @@ class EvaluateConfig(RuntimeConfig):
             )
         if self.result_file.exists() and not is_result_file(self.result_file):
             problems.append(f"out: '{self.result_file}' exists and holds no results")
+        elif self.out is not None and not missing and not is_of(self.out, self.weights):
+            problems.append(f"out: '{self.out}' holds results of other weights")
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append("device: 'cuda': there is no GPU")
         if self.task_folder is not None and not self.task_folder.is_dir():
@@ -115,8 +118,15 @@ class EvaluateConfig(RuntimeConfig):
     @property
     def result_file(self) -> Path:
         """Where results are added to."""
-        folder = self.checkpoint if self.is_export else self.weights[0].parent.parent
-        return folder / EVALUATION_FILE if self.out is None else self.out
+        if self.out is not None:
+            return self.out
+        if self.is_export:
+            return self.checkpoint / EVALUATION_FILE
+        # That of the last checkpoint is the run's; others have files of their own.
+        weights, file = self.weights[0], Path(EVALUATION_FILE)
+        if weights.name != LAST_CHECKPOINT.name:
+            file = file.with_stem(f"{file.stem}-{weights.stem}")
+        return weights.parent.parent / file
 
     @property
     def text(self) -> str:
@@ -147,7 +157,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Result]:
 
 def _on_text(config: EvaluateConfig) -> dict[str, Result]:
     """Bits per byte, perplexity and loss."""
-    model, tokenizer = _load(config)
+    model, tokenizer, _ = _load(config)
     documents = islice(_documents(config), config.limit)
     try:
         found = perplexity(
@@ -205,13 +215,10 @@ def _in_tasks(config: EvaluateConfig) -> dict[str, Result]:
     return results
 
 
-def _load(config: EvaluateConfig) -> tuple[LanguageModel, Tokenizer]:
-    """The model, where it is to run, and its tokenizer."""
-    model, tokenizer_file = load_model(config.checkpoint)
-    try:
-        return model.to(config.device_type), load_tokenizer(tokenizer_file)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
+def _load(config: EvaluateConfig) -> tuple[LanguageModel, Tokenizer, list[int]]:
+    """The model, where it is to run, its tokenizer, and the tokens that end a text."""
+    model, tokenizer, stops = load_model_and_tokenizer(config.checkpoint)
+    return model.to(config.device_type), tokenizer, stops
 
 
 def _documents(config: EvaluateConfig) -> Iterator[str]:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from slm.training.files import write_atomically
 
@@ -37,6 +40,13 @@ class Figure:
     stderr: float | None = None
     low: float | None = None
     high: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """As it stands in the file: null also for what is infinite."""
+        return {
+            name: None if value is None or not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -58,9 +68,9 @@ class Result:
         name, figure = next(iter(self.metrics.items()))
         return {
             "metric": name,
-            **asdict(figure),
+            **figure.to_json(),
             "n": self.n,
-            "metrics": {name: asdict(each) for name, each in self.metrics.items()},
+            "metrics": {name: each.to_json() for name, each in self.metrics.items()},
             "settings": self.settings,
             "versions": {name: version(name) for name in PACKAGES} | self.versions,
             "seed": self.seed,
@@ -79,6 +89,12 @@ def known_results(path: Path, weights: Sequence[Path]) -> dict[str, Any]:
     return known["tasks"] if known and known["model"]["sha256"] == _digest(weights) else {}
 
 
+def is_of(path: Path, weights: Sequence[Path]) -> bool:
+    """Whether the results in a file, if there are any, are of these weights."""
+    known = _read(path)
+    return not known or known["model"]["sha256"] == _digest(weights)
+
+
 def add_results(
     path: Path, model: Path, weights: Sequence[Path], results: Mapping[str, Result]
 ) -> None:
@@ -87,10 +103,12 @@ def add_results(
     model: its path, as it was given. weights: the files, or the folders, that hold them.
     """
     identity = {"path": str(model), "sha256": _digest(weights)}
-    tasks = known_results(path, weights)
-    tasks |= {name: result.to_json() for name, result in results.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"model": identity, "tasks": tasks}, indent=2) + "\n")
+    # Another evaluation may end at the same moment.
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        tasks = known_results(path, weights)
+        tasks |= {name: result.to_json() for name, result in results.items()}
+        write_atomically(path, json.dumps({"model": identity, "tasks": tasks}, indent=2) + "\n")
 
 
 def results_table(results: Mapping[str, Result]) -> rich.table.Table:

@@ -15,10 +15,9 @@ from pydantic import Field
 
 from slm.compilation import compiler_problems
 from slm.config import ConfigError, entry_point, read, schema
-from slm.data.tokenizer import load_tokenizer
 from slm.decoding_step import CompileUnit, is_compiled
 from slm.generation import Decoder
-from slm.hub.loading import load_model, stop_tokens
+from slm.hub.loading import load_model_and_tokenizer
 from slm.kernels.backend import set_backend
 from slm.runtime import RuntimeConfig
 
@@ -39,7 +38,7 @@ class GenerateConfig(RuntimeConfig):
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile_unit: CompileUnit | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -65,14 +64,13 @@ def stream(config: GenerateConfig) -> Iterator[str]:
     from tokenizers.decoders import DecodeStream
 
     set_backend(config.backend)
-    model, tokenizer_file = load_model(config.checkpoint)
+    model, tokenizer, stops = load_model_and_tokenizer(config.checkpoint)
     model = model.to(config.device_type)
-    try:
-        tokenizer, stops = load_tokenizer(tokenizer_file), stop_tokens(tokenizer_file)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
     # The end of text comes first, as in training.
-    tokens = torch.tensor([tokenizer.encode(config.prompt).ids], device=model.norm.weight.device)
+    prompt = tokenizer.encode(config.prompt).ids
+    if not prompt:
+        raise ConfigError(["prompt: must hold a token, for this tokenizer puts none before it"])
+    tokens = torch.tensor([prompt], device=model.norm.weight.device)
 
     max_tokens = tokens.shape[1] + config.new_tokens
     unit = config.compile_unit

@@ -26,7 +26,6 @@ import torch
 from tokenizers import Tokenizer
 
 from slm.config import ConfigError
-from slm.data.tokenizer import end_of_text_id
 from slm.evaluation import Z_95, Stretch, clustered_interval
 from slm.evaluation_results import Figure, Result
 from slm.generation import Decoder
@@ -47,20 +46,21 @@ UNBOUNDED = 2**31
 class Answering:
     """Answers lm-eval's requests by a model and its tokenizer; mixed into lm-eval's `LM`.
 
-    batch_size: rows at a time. context_tokens: what is read before a token, at most; None: all.
+    stops: tokens that end a text. batch_size: rows at a time. context_tokens: what is read before a
+    token, at most; None: all.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
+        stops: Sequence[int],
         batch_size: int,
         context_tokens: int | None,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.stops = model, tokenizer, stops
         self.batch_size, self.context_tokens = batch_size, context_tokens
-        self.end_of_text = end_of_text_id(tokenizer)
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -136,7 +136,7 @@ class Answering:
             room = max(1, self.context_tokens - new_tokens)
             prompts = [prompt[-room:] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.full((len(prompts), int(lengths.max())), self.end_of_text)
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         device = self.model.norm.weight.device
@@ -149,10 +149,10 @@ class Answering:
             temperature=wishes.get("temperature", 1.0) if wishes["do_sample"] else 0.0,
             top_k=wishes.get("top_k"),
             top_p=wishes.get("top_p"),
-            stop_tokens=[self.end_of_text],
+            stop_tokens=self.stops,
         ):
             for text, token in zip(texts, following.tolist(), strict=True):
-                text.add(token, is_end=token == self.end_of_text)
+                text.add(token, is_end=token in self.stops)
             if all(text.is_done for text in texts):
                 break
         return [text.text for text in texts]
@@ -167,18 +167,23 @@ class _Text:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
 
     def add(self, token: int, is_end: bool) -> None:
-        """Append a token, unless the text is done."""
+        """Append a token, unless the text is done; what ends it is no part of it."""
+        self.is_done |= is_end
         if self.is_done:
             return
         self._tokens.append(token)
         self.text = self._tokenizer.decode(self._tokens)
         places = [place for stop in self._stops if (place := self.text.find(stop)) >= 0]
         self.text = self.text[: min(places, default=len(self.text))]
-        self.is_done = is_end or bool(places)
+        self.is_done = bool(places)
 
 
 def answering(
-    model: LanguageModel, tokenizer: Tokenizer, batch_size: int, context_tokens: int | None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    stops: Sequence[int],
+    batch_size: int,
+    context_tokens: int | None,
 ) -> Any:
     """One of lm-eval's models that answers by ours; see `Answering`."""
     from lm_eval.api.model import LM
@@ -186,7 +191,7 @@ def answering(
     class SLM(Answering, LM):
         pass
 
-    return SLM(model, tokenizer, batch_size, context_tokens)
+    return SLM(model, tokenizer, stops, batch_size, context_tokens)
 
 
 def exported_model(folder: Path, device: str, batch_size: int, context_tokens: int | None) -> Any:

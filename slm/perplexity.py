@@ -11,6 +11,7 @@ context is the whole document, in memory that only attention makes grow with it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from slm.data.tokenizer import end_of_text_id
 from slm.evaluation import Stretch
 from slm.model import LanguageModel
 from slm.scoring import score_stretches, track
@@ -56,7 +58,12 @@ class Perplexity:
     @property
     def perplexity(self) -> Estimate:
         """e to the loss."""
-        return self.loss.map(math.exp)
+        return self.loss.map(_exp)
+
+
+def _exp(nats: float) -> float:
+    """e to a number, infinite where no float is so large."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def perplexity(
@@ -72,9 +79,11 @@ def perplexity(
     model: in evaluation mode. batch_size: windows, or documents, at a time.
     context_tokens: of a window; None: no windows, each token sees the whole document before it.
     stride_tokens: by which a window moves on; None: by its length.
-    Raises ValueError if there are no documents, if the loss is not finite, or if the stride is
-    longer than the window.
+    Raises ValueError if there are no documents, if the loss is not finite, if the stride is longer
+    than the window, or if the tokenizer does not put one token before a text.
     """
+    # Otherwise first tokens were not scored, or scored without a context.
+    end_of_text_id(tokenizer)
     nats: list[float] = []
     tokens: list[int] = []
     sizes: list[int] = []

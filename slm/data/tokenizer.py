@@ -50,9 +50,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Id of the token before every document, which is also the target after its last token."""
-    (token,) = tokenizer.encode("").ids
-    return token
+    """Id of the token before every document, which is also the target after its last token.
+
+    Raises ValueError if the tokenizer puts nothing, or more than that, before a text.
+    """
+    before = tokenizer.encode("").ids
+    if len(before) != 1:
+        raise ValueError(
+            f"the tokenizer must put one token before every text, it puts {len(before)}"
+        )
+    return before[0]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

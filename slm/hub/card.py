@@ -6,7 +6,7 @@ import csv
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -133,9 +133,9 @@ def model_card(
     origin: what this project has to do with the model.
     """
     sections = (
-        _section("Latency", _latency(facts.latency)),
-        _section("Training", _training(facts)),
-        _section("Evaluation", _evaluation(facts.evaluation)),
+        _section("Latency", _latency, facts.latency),
+        _section("Training", _training, facts),
+        _section("Evaluation", _evaluation, facts.evaluation),
     )
     return CARD.format(
         tag=TAG,
@@ -149,14 +149,6 @@ def model_card(
         sections="".join(sections),
         use=_use(path, prompt, format),
     )
-
-
-def is_card(file: Path) -> bool:
-    """Whether a file is a card that was written here."""
-    try:
-        return f"\n- {TAG}\n" in file.read_text(encoding="utf-8").partition("\n---\n")[0]
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def draw(architecture: Architecture) -> str:
@@ -292,7 +284,12 @@ def _interval(task: dict[str, Any]) -> str:
     return f"{task['low']:.4f} – {task['high']:.4f}"
 
 
-def _section(title: str, body: str) -> str:
+def _section(title: str, write: Callable[[Any], str], facts: Any) -> str:
+    """A section; nothing where there are no facts, or where others have written them."""
+    try:
+        body = write(facts)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""
     return f"## {title}\n\n{body}\n\n" if body else ""
 
 
@@ -320,4 +317,7 @@ def _read_curve(file: Path) -> tuple[tuple[int, float], ...]:
         return ()
     with file.open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row.get("validation_loss")]
-    return tuple((int(row["step"]), float(row["validation_loss"])) for row in rows)
+    try:
+        return tuple((int(row["step"]), float(row["validation_loss"])) for row in rows)
+    except (KeyError, TypeError, ValueError):
+        return ()

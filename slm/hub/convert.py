@@ -1,6 +1,6 @@
 """Models of others, and exports, written in another format.
 
-    python -m slm.hub.convert path=Nemotron-Flash-1B out=models/nemotron_flash_1b
+    python -m slm.hub.convert path=Nemotron-Flash-1B out=models/nemotron_flash_1b license=other
 
 `path` is a folder in NVIDIA's layout of Nemotron-Flash, such as the released weights, or an export.
 What comes out is checked as an export is, see `slm.hub.export`.
@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from slm.config import ConfigError, entry_point, read, schema
+from slm.hub import nemotron_flash
 from slm.hub.card import CARD_FILE, RunFacts, model_card
-from slm.hub.export import is_replaceable, replacing
-from slm.hub.formats import FormatConfig, write_model
+from slm.hub.formats import (
+    SPECIAL_TOKENS,
+    FormatConfig,
+    LicenseName,
+    SpecialTokens,
+    write_model,
+)
 from slm.hub.loading import CONFIG_FILE, load_folder, read_folder_config
-from slm.hub.verify import verify
+from slm.hub.replacing import replacement_problems, replacing, write_report
+from slm.hub.verify import in_one_line, verify
 from slm.hub.weights import weights_files
 
-# What tokenizers of transformers consist of.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# What tokenizers of transformers consist of: what is taken over as it is, and what is read.
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @schema
@@ -44,16 +46,14 @@ class ConvertConfig(FormatConfig):
 
     path: Path
     out: Path
-    license: str
+    license: LicenseName
 
     def __post_init__(self) -> None:
         problems = []
         if not (self.path / CONFIG_FILE).is_file():
             problems.append(f"path: '{self.path}': there is no {CONFIG_FILE}")
-        if not is_replaceable(self.out):
-            problems.append(f"out: '{self.out}' exists and is not an export")
-        if self.out.resolve() == self.path.resolve():
-            problems.append(f"out: must be another folder than path, got '{self.out}'")
+        lost = replacement_problems(self.out, self.path)
+        problems += [f"out: {problem}" for problem in lost]
         if problems:
             raise ConfigError(problems)
 
@@ -61,19 +61,20 @@ class ConvertConfig(FormatConfig):
 def convert(config: ConvertConfig) -> dict[str, Any]:
     """Write the model, and its tokenizer if there is one; what the check found.
 
-    Raises ConfigError if the model cannot be read or written, and RuntimeError, leaving an earlier
-    one as it was, if the new one fails its check.
+    Raises ConfigError if the model cannot be read or written, and VerificationError, leaving an
+    earlier one as it was, if the new one fails its check.
     """
     model, _ = load_folder(config.path)
-    end_of_text = read_folder_config(config.path).get("eos_token_id")
+    facts = RunFacts.read(config.path, model.architecture, weights_files(config.path))
+    if config.dtype is not None:
+        # What was found of other weights is not said of rounded ones.
+        facts = replace(facts, evaluation={})
     with replacing(config.out) as folder:
-        for name in TOKENIZER_FILES:
-            if (config.path / name).is_file():
-                shutil.copyfile(config.path / name, folder / name)
-        write_model(model, config, end_of_text if isinstance(end_of_text, int) else 0, folder)
+        _copy_tokenizer(config.path, folder)
+        write_model(model, config, _special_tokens(config.path), folder)
         card = model_card(
             model.architecture,
-            RunFacts.read(config.path, model.architecture, weights_files(config.path)),
+            facts,
             name=config.out.resolve().name,
             path=str(config.out),
             prompt=config.prompt,
@@ -83,9 +84,35 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         verification = verify(model, folder, config)
-    report = {"path": str(config.out), **asdict(verification)}
+    report = write_report(config.out, asdict(verification))
     print(json.dumps(report, indent=2))
     return report
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Take over a tokenizer, but no code: neither what lies beside it nor where some is said to be.
+
+    transformers would run it when it loads what is written, here and wherever else.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for name in TOKENIZER_CONFIGS:
+        if (source / name).is_file():
+            content = read_folder_config(source, name)
+            content.pop("auto_map", None)
+            if "tokenizer_class" in content:
+                # All that a tokenizer.json needs.
+                content["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _special_tokens(folder: Path) -> SpecialTokens:
+    """As a folder's config has them."""
+    config = read_folder_config(folder)
+    if nemotron_flash.is_layout(config):
+        config = asdict(nemotron_flash.read_config(config))
+    return {name: config.get(name) for name in SPECIAL_TOKENS}
 
 
 def _check(config: DictConfig) -> ConvertConfig:
@@ -95,7 +122,9 @@ def _check(config: DictConfig) -> ConvertConfig:
 @entry_point("convert", _check)
 def main(config: DictConfig) -> dict[str, Any]:
     """Convert."""
-    return convert(_check(config))
+    settings = _check(config)
+    with in_one_line():
+        return convert(settings)
 
 
 if __name__ == "__main__":

@@ -11,30 +11,40 @@ in `<folder>.json`.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from slm.architecture import Architecture
 from slm.config import ConfigError, entry_point, read, schema
 from slm.evaluation_results import EVALUATION_FILE, known_results
-from slm.hub.card import CARD_FILE, FACT_FILES, RunFacts, is_card, model_card, read_json
+from slm.hub.card import CARD_FILE, FACT_FILES, RunFacts, model_card
 from slm.hub.flatten import flatten
-from slm.hub.formats import ENTRIES, FormatConfig, is_plugin, write_model, write_tokenizer
-from slm.hub.verify import verify
+from slm.hub.formats import (
+    ENTRIES,
+    FormatConfig,
+    LicenseName,
+    is_plugin,
+    special_tokens,
+    write_model,
+    write_tokenizer,
+)
+from slm.hub.push import is_repository
+from slm.hub.replacing import (
+    file_sizes,
+    read_report,
+    replacement_problems,
+    replacing,
+    write_report,
+)
+from slm.hub.verify import in_one_line, verify
 from slm.hub.weights import weights_files
 from slm.operators import OPERATORS
-from slm.training.checkpoint import checkpoint_file, load_checkpoint
-from slm.training.files import write_atomically
+from slm.training.checkpoint import LAST_CHECKPOINT, checkpoint_file, load_checkpoint
 
 # Fields of the config that decide what an export holds.
 DECISIVE = ("format", "dtype", "context_tokens", "prompt", "new_tokens", "license", "push_to")
@@ -46,6 +56,7 @@ class ExportConfig(FormatConfig):
 
     checkpoint: a `.ckpt` file, or a run's folder.
     out: the folder to write; None: `export` in the run's folder, or `export_<format>`.
+    chat_template: a Jinja file that makes a text of a conversation, for models tuned to chat.
     license: of the weights, as the Hub spells it.
     push_to: repository of the Hub, 'user/name'; None: no upload.
     private: make the repository private if it has to be made.
@@ -54,7 +65,8 @@ class ExportConfig(FormatConfig):
 
     checkpoint: Path
     out: Path | None = None
-    license: str = "apache-2.0"
+    chat_template: Path | None = None
+    license: LicenseName = "apache-2.0"
     push_to: str | None = None
     private: bool = True
     dry_run: bool = False
@@ -63,10 +75,12 @@ class ExportConfig(FormatConfig):
         problems = []
         if not self.checkpoint_file.exists():
             problems.append(f"checkpoint: '{self.checkpoint_file}': no such file")
-        if self.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to):
+        if self.chat_template is not None and not self.chat_template.is_file():
+            problems.append(f"chat_template: '{self.chat_template}': no such file")
+        if self.push_to is not None and not is_repository(self.push_to):
             problems.append(f"push_to: must be 'user/name', got {self.push_to!r}")
-        if not is_replaceable(self.folder):
-            problems.append(f"out: '{self.folder}' exists and is not an export")
+        lost = replacement_problems(self.folder, self.checkpoint_file)
+        problems += [f"out: {problem}" for problem in lost]
         if problems:
             raise ConfigError(problems)
 
@@ -86,28 +100,27 @@ class ExportConfig(FormatConfig):
         default = "export" if self.format == "slm" else f"export_{self.format}"
         return self.run_folder / default if self.out is None else self.out
 
-    @property
-    def report_file(self) -> Path:
-        """What the self-check found, and what the export was made from."""
-        return self.folder.with_name(f"{self.folder.name}.json")
-
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write the export and check it, unless it is there already; its report.
 
-    Raises ConfigError if the checkpoint cannot be read, and RuntimeError, leaving an earlier export
-    as it was, if the new one fails its check.
+    Raises ConfigError if the checkpoint cannot be read, and VerificationError, leaving an earlier
+    export as it was, if the new one fails its check.
     """
     source = _source(config)
-    report = read_json(config.report_file)
-    if report.get("source") == source and report.get("files") == _sizes(config.folder):
+    report = read_report(config.folder)
+    if report.get("source") == source and report["files"] == file_sizes(config.folder):
         print(f"{config.folder}: up to date")
         return report
 
     model, tokenizer_file = load_checkpoint(config.checkpoint)
     with replacing(config.folder) as folder:
-        write_model(model, config, write_tokenizer(tokenizer_file, folder), folder)
-        facts = RunFacts.read(config.run_folder, model.architecture, [config.checkpoint_file])
+        template = None
+        if config.chat_template is not None:
+            template = config.chat_template.read_text(encoding="utf-8")
+        end_of_text = write_tokenizer(tokenizer_file, folder, template)
+        write_model(model, config, special_tokens(end_of_text), folder)
+        facts = _facts(config, model.architecture)
         evaluation = config.folder / EVALUATION_FILE
         if found := known_results(evaluation, weights_files(folder)):
             # Of an export with the same weights, which this one replaces.
@@ -125,35 +138,21 @@ def export(config: ExportConfig) -> dict[str, Any]:
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         verification = verify(model, folder, config)
-    report = {
-        "path": str(config.folder),
-        **asdict(verification),
-        "source": source,
-        "files": _sizes(config.folder),
-    }
-    write_atomically(config.report_file, json.dumps(report, indent=2) + "\n")
+    report = write_report(config.folder, asdict(verification) | {"source": source})
     print(f"{config.folder}: written and checked in {verification.seconds:.1f} s")
     print(f"largest difference of a logit: {verification.max_abs_logit_difference:.3g}")
     print(f"sample: {verification.sample}")
     return report
 
 
-def is_replaceable(folder: Path) -> bool:
-    """Whether nothing is lost if an export takes the place of `folder`."""
-    return not folder.exists() or is_card(folder / CARD_FILE)
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` if nothing is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
+def _facts(config: ExportConfig, architecture: Architecture) -> RunFacts:
+    """What the run's folder says of the weights that are exported."""
+    facts = RunFacts.read(config.run_folder, architecture, [config.checkpoint_file])
+    if config.checkpoint_file.name != LAST_CHECKPOINT.name:
+        # Result and course are those of the run's last checkpoint.
+        facts = replace(facts, result={}, curve=())
+    # What was found of other weights is not said of rounded ones.
+    return facts if config.dtype in (None, "float32") else replace(facts, evaluation={})
 
 
 def _source(config: ExportConfig) -> dict[str, Any]:
@@ -170,17 +169,17 @@ def _source(config: ExportConfig) -> dict[str, Any]:
         "modified_ns": state.st_mtime_ns,
         "code": code.hexdigest()[:12],
         "facts": {
-            name: hashlib.sha256((config.run_folder / name).read_bytes()).hexdigest()[:12]
+            name: _digest(config.run_folder / name)
             for name in FACT_FILES
             if (config.run_folder / name).is_file()
         },
         "config": {name: getattr(config, name) for name in DECISIVE},
+        "chat_template": config.chat_template and _digest(config.chat_template),
     }
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of each file of a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def _check(config: DictConfig) -> ExportConfig:
@@ -193,7 +192,8 @@ def main(config: DictConfig) -> dict[str, Any]:
     from slm.hub.push import contents, push
 
     settings = _check(config)
-    report = export(settings)
+    with in_one_line():
+        report = export(settings)
     if settings.dry_run:
         files = contents(settings.folder)
         for name, size in files.items():

@@ -23,6 +23,8 @@ from slm.operators import OPERATORS
 from slm.runtime import PluginsConfig
 from slm.training.checkpoint import TOKENIZER_FILE
 
+# As the Hub spells it; it stands in the card's YAML.
+LicenseName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Format = Literal["slm", "nemotron_flash", "native"]
 
 CONFIG_FILE = "config.json"
@@ -32,6 +34,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "slm_hub_modeling.SLMForCausalLM",
 }
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Ids by these names: what begins and ends a text, and pads. Several may end it.
+SpecialTokens = dict[str, Any]
 
 
 @schema
@@ -52,29 +56,38 @@ class FormatConfig(PluginsConfig):
     new_tokens: Annotated[int, Field(gt=0)] = 64
 
 
-def write_model(model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path) -> None:
+def special_tokens(end_of_text: int) -> SpecialTokens:
+    """Those of a model for which one token begins and ends a text, and pads."""
+    return dict.fromkeys(SPECIAL_TOKENS, end_of_text)
+
+
+def write_model(
+    model: LanguageModel, config: FormatConfig, special: SpecialTokens, folder: Path
+) -> None:
     """Write config, generation config and weights, and where needed code, into `folder`.
 
-    end_of_text: id of the token that begins and ends a text. Raises ConfigError with everything
-    that keeps the format from holding the model.
+    Raises ConfigError with everything that keeps the format from holding the model.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if config.dtype is not None:
         model = model.to(getattr(torch, config.dtype))
-    WRITERS[config.format](model, config, end_of_text, folder)
+    WRITERS[config.format](model, config, special, folder)
 
 
-def write_tokenizer(tokenizer_file: Path, folder: Path) -> int:
-    """Write the tokenizer as transformers wants it; the id of its end of text."""
+def write_tokenizer(tokenizer_file: Path, folder: Path, chat_template: str | None = None) -> int:
+    """Write the tokenizer as transformers wants it; the id of its end of text.
+
+    chat_template: in Jinja, what makes a text of a conversation.
+    """
     from transformers import PreTrainedTokenizerFast
 
     try:
         tokenizer = load_tokenizer(tokenizer_file)
+        end_of_text = end_of_text_id(tokenizer)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
-    end_of_text = end_of_text_id(tokenizer)
     token = tokenizer.id_to_token(end_of_text)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -82,6 +95,7 @@ def write_tokenizer(tokenizer_file: Path, folder: Path) -> int:
         eos_token=token,
         pad_token=token,
         padding_side="left",
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(folder)
@@ -95,13 +109,14 @@ def is_plugin(module: str) -> bool:
     return module.partition(".")[0] != __package__.partition(".")[0]
 
 
-def _write_slm(model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path) -> None:
+def _write_slm(
+    model: LanguageModel, config: FormatConfig, special: SpecialTokens, folder: Path
+) -> None:
     from transformers import GenerationConfig
 
     from slm.hub.configuration import SLMConfig
     from slm.hub.modeling import SLMForCausalLM
 
-    special: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS, end_of_text)
     # Built without storage: the weights are those of `model`.
     with torch.device("meta"):
         shell = SLMForCausalLM(SLMConfig(str(model.architecture), **special))
@@ -124,27 +139,27 @@ def _code(model: LanguageModel) -> dict[str, str]:
 
 
 def _write_nemotron_flash(
-    model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path
+    model: LanguageModel, config: FormatConfig, special: SpecialTokens, folder: Path
 ) -> None:
     from transformers import GenerationConfig
 
-    written = nemotron_flash.write_config(model.architecture, end_of_text, config.context_tokens)
+    written = nemotron_flash.write_config(model.architecture, special, config.context_tokens)
     values = dataclasses.asdict(written) | {"dtype": str(model.norm.weight.dtype).split(".")[1]}
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    GenerationConfig(**dict.fromkeys(SPECIAL_TOKENS, end_of_text)).save_pretrained(folder)
+    GenerationConfig(**special).save_pretrained(folder)
     write_weights(nemotron_flash.write_model(model), folder)
 
 
 def _write_native(
-    model: LanguageModel, config: FormatConfig, end_of_text: int, folder: Path
+    model: LanguageModel, config: FormatConfig, special: SpecialTokens, folder: Path
 ) -> None:
     from slm.hub.native import to_transformers
 
-    theirs = to_transformers(model, end_of_text, config.context_tokens)
+    theirs = to_transformers(model, special, config.context_tokens)
     theirs.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
 
 
-WRITERS: dict[Format, Callable[[LanguageModel, FormatConfig, int, Path], None]] = {
+WRITERS: dict[Format, Callable[[LanguageModel, FormatConfig, SpecialTokens, Path], None]] = {
     "slm": _write_slm,
     "nemotron_flash": _write_nemotron_flash,
     "native": _write_native,

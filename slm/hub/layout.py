@@ -20,6 +20,7 @@ from slm.operators import OperatorConfig
 
 # What stands for the name of a part in the name of a weight.
 PART = "{}"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Layout:
     operators: Mapping[str, Mapping[str, str]]
 
     def to_theirs(self, model: LanguageModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The weights of `model` under their names, each with storage of its own.
+        """The weights of `model` under their names, none sharing its storage with another.
 
         prefixes: what their names begin with, for each operator.
         """
@@ -44,8 +45,10 @@ class Layout:
         found: dict[str, Tensor] = {}
         for ours, theirs, sizes in self._names(model.architecture, prefixes):
             if ours in weights and weights[ours].numel():
+                # Parts of one storage could not be written as tensors of their own.
                 pieces = weights[ours].split(sizes) if sizes else [weights[ours]]
-                found |= {name: piece.clone() for name, piece in zip(theirs, pieces, strict=True)}
+                copies = [piece.clone() for piece in pieces] if sizes else pieces
+                found |= dict(zip(theirs, copies, strict=True))
         return found
 
     def to_ours(
@@ -76,6 +79,7 @@ class Layout:
                 pieces = [weights[name] for name in theirs]
                 own[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         problems += [f"{name}: unknown" for name in sorted(unknown)]
+        problems += _dtype_problems(weights)
         if problems:
             raise ConfigError(problems)
         if not architecture.meta_tokens:
@@ -97,6 +101,17 @@ class Layout:
                 parts = _parts(operator, architecture.width, ours) if PART in theirs else {}
                 names = [theirs.replace(PART, part) for part in parts] or [theirs]
                 yield f"layers.{number}.{ours}", [prefix + n for n in names], [*parts.values()]
+
+
+def _dtype_problems(weights: Mapping[str, Tensor]) -> list[str]:
+    """Matrices whose dtype nothing computes in, or in which the others are not."""
+    matrices = {name: tensor.dtype for name, tensor in weights.items() if tensor.dim() > 1}
+    first = next(iter(matrices.values()), torch.float32)
+    return [
+        f"{name}: must be {first if first in DTYPES else 'a float'} as the others, got {dtype}"
+        for name, dtype in matrices.items()
+        if dtype != first or dtype not in DTYPES
+    ]
 
 
 def _parts(operator: OperatorConfig, width: int, weight: str) -> dict[str, int]:

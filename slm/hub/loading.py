@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from slm.architecture import Architecture
 from slm.config import ConfigError
-from slm.data.tokenizer import end_of_text_id, load_tokenizer
+from slm.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from slm.hub import nemotron_flash
 from slm.hub.weights import read_weights
 from slm.model import LanguageModel
@@ -28,7 +29,29 @@ def load_model(path: str | Path) -> tuple[LanguageModel, Path]:
     Raises ConfigError naming it if it is none of them.
     """
     path = Path(path)
-    return load_folder(path) if (path / CONFIG_FILE).is_file() else load_checkpoint(path)
+    try:
+        return load_folder(path) if (path / CONFIG_FILE).is_file() else load_checkpoint(path)
+    except OSError as error:
+        raise ConfigError([f"'{path}' cannot be read: {error}"]) from None
+
+
+def load_model_and_tokenizer(path: str | Path) -> tuple[LanguageModel, Tokenizer, list[int]]:
+    """As `load_model`; the tokenizer itself, and the ids of the tokens that end a text."""
+    model, tokenizer_file = load_model(path)
+    try:
+        tokenizer = load_tokenizer(tokenizer_file)
+        stops = stop_tokens(tokenizer_file, tokenizer)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    known = model.architecture.vocab_size
+    if vocabulary_size(tokenizer) > known or max(stops) >= known:
+        raise ConfigError(
+            [
+                f"{tokenizer_file}: has {vocabulary_size(tokenizer)} tokens and ends texts by "
+                f"{stops}, the model knows {known}"
+            ]
+        )
+    return model, tokenizer, stops
 
 
 def load_folder(folder: Path) -> tuple[LanguageModel, Path]:
@@ -46,34 +69,35 @@ def load_folder(folder: Path) -> tuple[LanguageModel, Path]:
         model = read(config, weights)
     except ConfigError as error:
         raise ConfigError([f"'{folder}': {problem}" for problem in error.problems]) from None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines())
         raise ConfigError([f"'{folder}': does not hold a model: {reason}"]) from None
     return model, folder / TOKENIZER_FILE
 
 
-def stop_tokens(tokenizer_file: Path) -> list[int]:
-    """Ids of the tokens that end a text of the model beside whose tokenizer's file it is given.
+def stop_tokens(tokenizer_file: Path, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens that end a text of the model beside which a tokenizer's file lies.
 
     A folder with a config.json says which; a run's tokenizer puts it before every text. Raises
-    ValueError naming a file that holds no tokenizer.
+    ValueError if neither gives a token.
     """
     folder = tokenizer_file.parent
     config = read_folder_config(folder) if (folder / CONFIG_FILE).is_file() else {}
-    match config.get("eos_token_id"):
-        case int(number):
-            return [number]
-        case [*numbers]:
-            return numbers
-    return [end_of_text_id(load_tokenizer(tokenizer_file))]
+    given = config.get("eos_token_id")
+    if given is None:
+        return [end_of_text_id(tokenizer)]
+    ids = given if isinstance(given, list) else [given]
+    if not ids or not all(type(each) is int and each >= 0 for each in ids):
+        raise ValueError(f"{folder / CONFIG_FILE}: eos_token_id: must be ids, got {given!r}")
+    return ids
 
 
-def read_folder_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json; raises ConfigError, naming it, if it is none."""
-    file = folder / CONFIG_FILE
+def read_folder_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """A folder's config.json, or another such file; raises ConfigError, naming it, if damaged."""
+    file = folder / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError([f"config '{file}': cannot be read: {reason}"]) from None
     if not isinstance(config, dict):
@@ -83,7 +107,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 def _read_export(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LanguageModel:
     """The model of an export's config.json and weights."""
-    architecture = Architecture.parse(config["architecture"])
+    architecture = Architecture.parse(str(config["architecture"]))
     with torch.device("meta"):
         model = LanguageModel(architecture)
     named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}

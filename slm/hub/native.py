@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,27 +103,35 @@ MAMBA2 = Family(
 
 
 def to_transformers(
-    model: LanguageModel, end_of_text: int = 0, context_tokens: int = 4096
+    model: LanguageModel,
+    special: Mapping[str, Any] = MappingProxyType({"pad_token_id": 0}),
+    context_tokens: int = 4096,
 ) -> PreTrainedModel:
     """The model of transformers that computes what `model` does, in evaluation mode.
 
     The division of logits by the norms of the head's rows goes into a head of its own.
-    end_of_text: id of the token that begins and ends a text. context_tokens: what servers take for
+    special: ids of special tokens, by their names in configs. context_tokens: what servers take for
         the longest context. Raises ConfigError with everything that none of its classes has.
     """
     import transformers
 
     family, config = _family_and_config(model.architecture)
-    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    config |= special
     if family is not MAMBA2:
         config["max_position_embeddings"] = context_tokens
     made = getattr(transformers, f"{family.name}Config")(**config)
-    theirs: Any = getattr(transformers, f"{family.name}ForCausalLM")(made)
     weights = family.layout.to_theirs(model, _prefixes(family, model.architecture))
     weights |= _head(model)
-    theirs.to(model.norm.weight.dtype).load_state_dict(weights)
-    result: PreTrainedModel = theirs.eval()
-    return result
+    theirs: PreTrainedModel
+    theirs, found = getattr(transformers, f"{family.name}ForCausalLM").from_pretrained(
+        None,
+        config=made,
+        state_dict=weights,
+        dtype=model.norm.weight.dtype,
+        output_loading_info=True,
+    )
+    assert not found["missing_keys"] | found["unexpected_keys"], found
+    return theirs
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, fields
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -120,7 +121,7 @@ class NemotronFlashConfig:
     orig_max_position_embeddings: Annotated[int, Field(gt=0)] | None = None
     sliding_window: Annotated[int, Field(ge=0)] | None = None
     global_attn_idx: list[int] | None = None
-    attn_implementation_new: Literal["flash_attention_2", "fused_mha"] = "flash_attention_2"
+    attn_implementation_new: Literal["flash_attention_2", "fused_mha", "sdpa"] = "flash_attention_2"
     mamba_d_state: int = 16
     mamba_d_conv: int = 4
     mamba_expand: int = 2
@@ -129,7 +130,7 @@ class NemotronFlashConfig:
     rms_norm_eps: float = 1e-6
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self) -> None:
         kinds, problems = set(self.layer_types), []
@@ -151,6 +152,10 @@ class NemotronFlashConfig:
                     problems.append(f"{name}: must be -1, got {getattr(self, name)}")
             if not self.rope:
                 problems.append("rope: must be true, for attention here rotates")
+            if self.attn_implementation_new == "sdpa" and self._is_beyond_sdpa:
+                problems.append(
+                    "attn_implementation_new: 'sdpa' knows no norms of q and k, NTK or windows"
+                )
             if self.kq_norm is None:
                 problems.append("kq_norm: must be 'none' or 'rms', got None")
         if self.rope_type == "ntk" and self.orig_max_position_embeddings is None:
@@ -167,6 +172,10 @@ class NemotronFlashConfig:
             )
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def _is_beyond_sdpa(self) -> bool:
+        return self.kq_norm == "rms" or self.rope_type == "ntk" or self.sliding_window is not None
 
     @property
     def num_kv_heads(self) -> int:
@@ -234,15 +243,10 @@ def is_layout(config: Mapping[str, Any]) -> bool:
     )
 
 
-def read_config(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config.json stands for.
-
-    Raises ConfigError with everything in it that cannot be had.
-    """
+def read_config(config: Mapping[str, Any]) -> NemotronFlashConfig:
+    """What a config.json says; raises ConfigError with everything in it that cannot be had."""
     known = {item.name for item in fields(NemotronFlashConfig)}
-    return read(
-        NemotronFlashConfig, {name: config[name] for name in sorted(known & set(config))}
-    ).architecture()
+    return read(NemotronFlashConfig, {name: config[name] for name in sorted(known & set(config))})
 
 
 def read_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LanguageModel:
@@ -250,7 +254,7 @@ def read_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Lang
 
     Raises ConfigError with everything in them that is unknown, missing or of another shape.
     """
-    architecture = read_config(config)
+    architecture = read_config(config).architecture()
     own = dict(weights)
     if architecture.tie_embeddings:
         head = own.pop(HEAD, None)
@@ -260,12 +264,15 @@ def read_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Lang
 
 
 def write_config(
-    architecture: Architecture, end_of_text: int = 0, context_tokens: int = 4096
+    architecture: Architecture,
+    special: Mapping[str, Any] = MappingProxyType({}),
+    context_tokens: int = 4096,
 ) -> NemotronFlashConfig:
     """What stands for `architecture` in this layout.
 
-    context_tokens: the longest context; with NTK scaling that which it starts from. Raises
-    ConfigError with everything that keeps it from being expressed.
+    special: ids of special tokens, by their names in it. context_tokens: the longest context; with
+    NTK scaling that which it starts from. Raises ConfigError with everything that keeps it from
+    being expressed.
     """
     common = Common(architecture)
     common.require_names(list(LAYER_TYPES))
@@ -314,9 +321,7 @@ def write_config(
         mamba2_headdim=mamba2.head_dim,
         num_memory_tokens=architecture.meta_tokens,
         rms_norm_eps=architecture.norm_eps,
-        pad_token_id=end_of_text,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
+        **special,
         **values,
     )
 

@@ -6,8 +6,19 @@ from pathlib import Path
 
 from slm.config import ConfigError
 
-# Of an earlier export, what must not stay beside another one: shards, and modules of code.
-STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]
+# Of an earlier export, what must not stay beside another one: shards, modules of code, results.
+STALE = ["model*.safetensors", "model.safetensors.index.json", "slm_*.py", "evaluation.json"]
+
+
+def is_repository(name: str) -> bool:
+    """Whether the Hub takes it for 'user/name'."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def contents(folder: Path) -> dict[str, int]:

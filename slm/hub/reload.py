@@ -1,6 +1,6 @@
 """Load an exported model as a stranger would, and report what it does.
 
-Run as a script, in a process of its own: `python -I reload.py < request.json`. It must not import
+Run as a script, in a process of its own: `python -P reload.py < request.json`. It must not import
 anything of this project, and makes sure that nothing else does.
 
 request: folder, is_own (whether the model's code lies in it), tokens [[int]], prompt, new_tokens,

@@ -35,12 +35,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def weights_files(folder: Path) -> list[Path]:
     """The files of a folder's weights; raises ConfigError naming an index that is damaged."""
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / WEIGHTS_FILE]
+    index, whole = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if whole.is_file() or not index.is_file():
+        return [whole]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError([f"weights '{index}': is damaged"]) from None
     # An index that comes from elsewhere must not lead out of its folder.
     outside = [name for name in names if Path(str(name)).name != name]

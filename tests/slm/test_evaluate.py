@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from slm.data.config import TokenizerConfig
 from slm.data.tokenizer import build_tokenizer, load_tokenizer
 from slm.evaluate import EvaluateConfig, as_hydra_wants, evaluate
 from slm.evaluation_results import Figure, Result, add_results
-from slm.hub.formats import FormatConfig, write_model, write_tokenizer
+from slm.hub.formats import FormatConfig, special_tokens, write_model, write_tokenizer
 from slm.hub.loading import load_model
 from slm.model import LanguageModel
 from slm.perplexity import perplexity
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "run", tokenizer.get_vocab_size())
     model, tokenizer_file = load_model(folder / "run")
     end_of_text = write_tokenizer(tokenizer_file, folder / "export")
-    write_model(model, FormatConfig(), end_of_text, folder / "export")
+    write_model(model, FormatConfig(), special_tokens(end_of_text), folder / "export")
     return folder
 
 
@@ -184,6 +185,22 @@ def test_all_that_is_wrong_is_said_at_once(folder: Path) -> None:
 def test_what_does_not_go_together(folder: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(folder, f"model={folder}/run", *arguments)
+
+
+def test_results_of_other_checkpoints_go_elsewhere(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    last = run / "checkpoints" / "last.ckpt"
+    shutil.copy(last, last.with_name("step_5.ckpt"))
+    assert config(folder, f"model={run}").result_file == run / "evaluation.json"
+    early = config(folder, f"model={last.with_name('step_5.ckpt')}")
+    assert early.result_file == run / "evaluation-step_5.json"
+    out = tmp_path / "shared.json"
+    add_results(out, run, [last], {})
+    assert config(folder, f"model={run}", f"out={out}").result_file == out
+    last.write_bytes(last.read_bytes() + b"more")
+    with pytest.raises(ConfigError, match="holds results of other weights"):
+        config(folder, f"model={run}", f"out={out}")
 
 
 def test_text_and_models_that_hold_nothing(folder: Path, tmp_path: Path) -> None:

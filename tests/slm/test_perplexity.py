@@ -15,7 +15,7 @@ from slm.architecture import Architecture
 from slm.data.config import TokenizerConfig
 from slm.data.tokenizer import build_tokenizer
 from slm.evaluation import Stretch
-from slm.hub.formats import FormatConfig, write_model
+from slm.hub.formats import FormatConfig, special_tokens, write_model
 from slm.model import LanguageModel
 from slm.perplexity import perplexity, ratio_estimate, windows
 from slm.scoring import score_stretches
@@ -158,7 +158,7 @@ def test_it_is_what_transformers_says_of_an_export(
     model: LanguageModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    write_model(model, FormatConfig(), 0, tmp_path / "export")
+    write_model(model, FormatConfig(), special_tokens(0), tmp_path / "export")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
     total, count = 0.0, 0
     for text in TEXTS:
@@ -202,6 +202,10 @@ def test_what_means_nothing_is_refused(model: LanguageModel, tokenizer: Tokenize
             perplexity(model, tokenizer, documents, 1)
     with pytest.raises(ValueError, match="stride_tokens: must be <= context_tokens=4, got 5"):
         perplexity(model, tokenizer, TEXTS, 1, context_tokens=4, stride_tokens=5)
+    torch.nn.init.constant_(model.norm.weight, 1e5)
+    diverged = perplexity(model, tokenizer, TEXTS, 1)
+    assert diverged.perplexity.value == math.inf
+    assert math.isfinite(diverged.loss.value)
     torch.nn.init.constant_(model.norm.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
         perplexity(model, tokenizer, TEXTS, 1)

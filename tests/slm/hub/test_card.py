@@ -7,7 +7,7 @@ import pytest
 
 from slm.architecture import Architecture
 from slm.evaluation_results import Figure, Result, add_results
-from slm.hub.card import RunFacts, draw, is_card, model_card
+from slm.hub.card import RunFacts, draw, model_card
 
 TEXT = "width=32 vocab_size=64 meta_tokens=3 | deltanet(head_dim=8) ffn deltanet(head_dim=8) ffn"
 ARCHITECTURE = Architecture.parse(f"{TEXT} attention(head_dim=8)")
@@ -130,9 +130,15 @@ def test_layers_that_repeat_are_drawn_once() -> None:
     ]
 
 
-def test_only_a_card_of_ours_is_one(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(card(RunFacts()))
-    assert is_card(tmp_path / "README.md")
-    (tmp_path / "mine.md").write_text("# My notes\n\n- slm-frontier\n---\n")
-    assert is_card(tmp_path / "mine.md") is False
-    assert is_card(tmp_path / "none.md") is False
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", '{"config": [1]}'),
+        ("latency.json", json.dumps({"architecture": str(ARCHITECTURE)})),
+        ("metrics.csv", "step,validation_loss\nlast,1.0"),
+        ("metrics.csv", "loss,validation_loss\n1.0,1.0"),
+    ],
+)
+def test_facts_of_another_shape_are_left_out(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    assert "## Use" in card(read(run))

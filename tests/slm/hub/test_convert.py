@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slm.hub.loading import load_model, stop_tokens
+from slm.config import ConfigError
+from slm.hub.loading import load_model, load_model_and_tokenizer
 
 GOLDEN = Path(__file__).parent / "nemotron_flash"
 LLAMA = "attention(head_dim=8) ffn attention(head_dim=8) ffn"
@@ -84,12 +85,22 @@ def test_the_tokenizer_goes_along(make_run: Any, tmp_path: Path) -> None:
     assert model.architecture.meta_tokens == 8
     assert tokenizer_file == out / "tokenizer.json"
     # Theirs says in its config what ends a text, a run's tokenizer by beginning with it.
-    assert stop_tokens(path / "tokenizer.json") == stop_tokens(tokenizer_file) == [2]
-    assert stop_tokens(run / "tokenizer.json") == [0]
-    (path / "config.json").write_text(
-        json.dumps(json.loads((path / "config.json").read_text()) | {"eos_token_id": [2, 5]})
-    )
-    assert stop_tokens(path / "tokenizer.json") == [2, 5]
+    assert load_model_and_tokenizer(path)[2] == load_model_and_tokenizer(out)[2] == [2]
+    assert load_model_and_tokenizer(run)[2] == [0]
+    config = json.loads((path / "config.json").read_text())
+    converted = json.loads((out / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert converted[name] == config[name]
+    for given, problem in (
+        (["</s>"], "eos_token_id"),
+        (-5, "eos_token_id: must be ids, got -5"),
+        (10**6, "the model knows 320"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | {"eos_token_id": given}))
+        with pytest.raises(ConfigError, match=problem):
+            load_model_and_tokenizer(path)
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5]}))
+    assert load_model_and_tokenizer(path)[2] == [2, 5]
 
 
 def test_problems_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -106,3 +117,35 @@ def test_problems_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "model_type 'llama' is not known" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+EVIL = """
+import pathlib
+from transformers import PreTrainedTokenizerFast
+
+pathlib.Path(__file__).with_name("was run").touch()
+
+
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_code_of_a_tokenizer_is_neither_run_nor_passed_on(make_run: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(GOLDEN / "default_rope", path)
+    run = make_run(tmp_path / "run", "", "ffn")
+    shutil.copy(run / "tokenizer.json", path)
+    (path / "evil.py").write_text(EVIL)
+    tokenizer = {
+        "auto_map": {"AutoTokenizer": [None, f"{path}--evil.Evil"]},
+        "tokenizer_class": "Evil",
+        "model_max_length": 77,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    done = convert(f"path={path}", f"out={out}", "license=other", "new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("was run"))
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 77}
+    assert not (out / "evil.py").exists()

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from slm.config import ConfigError, read
 from slm.hub.export import ExportConfig, export
-from slm.hub.formats import FormatConfig, write_model, write_tokenizer
+from slm.hub.formats import FormatConfig, special_tokens, write_model, write_tokenizer
 from slm.hub.loading import load_model
-from slm.hub.verify import Verification, verify
+from slm.hub.verify import Verification, VerificationError, verify
 from slm.operators import OPERATORS
 from slm.training.checkpoint import load_checkpoint
 
@@ -96,7 +97,7 @@ def test_self_check_finds_other_weights(exported: object) -> None:
     model, _ = load_checkpoint(exported.run)
     with torch.no_grad():
         model.layers[2].norm.weight[3] += 0.5
-    with pytest.raises(RuntimeError, match="its logits differ by"):
+    with pytest.raises(VerificationError, match="its logits differ by"):
         verify(model, exported.folder, FormatConfig(prompt="to be", new_tokens=2))
 
 
@@ -159,12 +160,10 @@ def test_changed_checkpoint_replaces_the_export(
     monkeypatch.setattr("slm.hub.export.verify", lambda *arguments: found)
     config = ExportConfig(checkpoint=run)
     export(config)
-    (config.folder / "left over").write_text("of an older export")
     shutil.copyfile(exported.run / "checkpoints/last.ckpt", run / "checkpoints/last.ckpt")
     export(config)
     model, _ = load_model(config.folder)
     assert str(model.architecture) == str(load_checkpoint(exported.run)[0].architecture)
-    assert not (config.folder / "left over").exists()
 
 
 PLUGIN = """
@@ -222,7 +221,8 @@ def test_operator_of_ones_own_is_carried_along(
         folder = tmp_path / "export"
         folder.mkdir()
         config = FormatConfig(prompt="to be", new_tokens=2)
-        write_model(model, config, write_tokenizer(tokenizer_file, folder), folder)
+        end_of_text = write_tokenizer(tokenizer_file, folder)
+        write_model(model, config, special_tokens(end_of_text), folder)
         assert (folder / "my_operators.py").is_file()
         assert verify(model, folder, config).max_abs_logit_difference < 1e-5
     finally:
@@ -255,6 +255,40 @@ def test_bad_checkpoints_are_refused_in_one_line(
     assert len(caught.value.problems) == 1
     assert str(file) in caught.value.problems[0]
     assert not (tmp_path / "export").exists()
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_figures_of_the_last(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", "", "ffn")
+    last = run / "checkpoints" / "last.ckpt"
+    shutil.copy(last, last.with_name("previous.ckpt"))
+    for name, has_figures in (("last.ckpt", True), ("previous.ckpt", False)):
+        config = ExportConfig(checkpoint=last.with_name(name), new_tokens=2)
+        export(config)
+        assert ("12,345" in (config.folder / "README.md").read_text()) is has_figures
+
+
+def test_a_head_that_holds_its_norms_may_be_rounded(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "normalize_logits=True", "attention(head_dim=8) ffn")
+    config = ExportConfig(checkpoint=run, format="native", dtype="bfloat16", new_tokens=2)
+    assert 0 < export(config)["max_abs_logit_difference"] < 0.1
+
+
+def test_a_chat_template_goes_along(make_run: MakeRun, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    run = make_run(tmp_path / "run", "", "ffn")
+    config = ExportConfig(checkpoint=run, chat_template=template, new_tokens=2)
+    export(config)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.folder)
+    said = [{"role": "user", "content": "to be?"}]
+    assert tokenizer.apply_chat_template(said, tokenize=False) == "user: to be?\n"
+    # Another template is another export.
+    template.write_text("{{ messages[0].content }}")
+    export(config)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.folder)
+    assert tokenizer.apply_chat_template(said, tokenize=False) == "to be?"
 
 
 def test_command_gathers_its_problems(run_export: RunExport, tmp_path: Path) -> None:

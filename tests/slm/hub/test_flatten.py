@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slm.hub.flatten import flatten
-from slm.hub.formats import FormatConfig, write_model
+from slm.hub.formats import FormatConfig, special_tokens, write_model
 from slm.hub.verify import verify
 from tests.slm.hub.conftest import build_model
 
@@ -44,7 +44,7 @@ def test_model_needs_torch_transformers_and_its_own_files_only() -> None:
 
 def test_operators_that_a_model_has_not_are_left_out(tmp_path: Path) -> None:
     model = build_model("", "attention(head_dim=8) deltanet(head_dim=8)")
-    write_model(model, FormatConfig(), 0, tmp_path)
+    write_model(model, FormatConfig(), special_tokens(0), tmp_path)
     operators = {path.name for path in tmp_path.glob("slm_operators_*.py")}
     # The config's default has an FFN.
     parts = {f"slm_operators_{name}.py" for name in ("base", "parts", "ffn")}

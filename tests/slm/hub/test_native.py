@@ -1,13 +1,18 @@
 """Models as classes of transformers: what these give is what ours do."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
 
 from slm.architecture import Architecture
 from slm.config import ConfigError
+from slm.hub.formats import FormatConfig, special_tokens, write_model
 from slm.hub.native import to_transformers
 from slm.model import LanguageModel
 from tests.slm.hub.conftest import build_model
@@ -27,25 +32,59 @@ MODELS = {
 VARIANTS = ["", "tie_embeddings=False", "normalize_logits=True"]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_the_same_after_saving_and_loading(
-    name: str, variant: str, tmp_path: Path
-) -> None:
-    fields, operators = MODELS[name]
-    model = build_model(f"{fields} {variant}", operators)
-    theirs = to_transformers(model, end_of_text=3)
-    theirs.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded).__name__ == name
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert loaded.config.eos_token_id == 3
-    # A head that holds the norms cannot be the embedding.
-    assert loaded.config.tie_word_embeddings == (variant == "")
-    tokens = torch.randint(64, (2, 21))
+LOADED = """
+import json, sys
+# transformers takes their kernels where they are, whatever the device is.
+sys.modules.update(fla=None, causal_conv1d=None, mamba_ssm=None)
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+tokens = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] | found["unexpected_keys"], found
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)
+        save_file({"logits": model(tokens).logits}, f"{folder}/{type(model).__name__}.logits")
+"""
+CASES = [(name, variant) for name in MODELS for variant in VARIANTS]
+
+
+def build(name: str, variant: str) -> LanguageModel:
+    fields, operators = MODELS[name]
+    return build_model(f"{fields} {variant}", operators)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(64, (2, 21), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folders(tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Each model as it is written, with the logits of what is loaded of it elsewhere."""
+    found = []
+    for name, variant in CASES:
+        found.append(tmp_path_factory.mktemp(name))
+        config = FormatConfig(format="native")
+        write_model(build(name, variant), config, special_tokens(3), found[-1])
+    command = [sys.executable, "-c", LOADED, json.dumps(tokens.tolist()), *map(str, found)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(case) for case in CASES])
+def test_logits_are_the_same_after_saving_and_loading(
+    case: int, folders: list[Path], tokens: Tensor
+) -> None:
+    name, variant = CASES[case]
+    logits = load_file(folders[case] / f"{name}.logits")["logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, build(name, variant)(tokens), rtol=1e-4, atol=1e-5)
+    config = json.loads((folders[case] / "config.json").read_text())
+    assert config["eos_token_id"] == 3
+    # A head that holds the norms cannot be the embedding.
+    assert config["tie_word_embeddings"] == (variant == "")
 
 
 def test_weights_keep_their_dtype() -> None:

@@ -104,7 +104,7 @@ def test_released_models_are_expressed(name: str) -> None:
     config = compose("train", [f"model={name}"])[0]
     architecture = read(ModelConfig, config.model).architecture(131072)
     layout = asdict(nemotron_flash.write_config(architecture))
-    assert nemotron_flash.read_config(layout) == architecture
+    assert nemotron_flash.read_config(layout).architecture() == architecture
     heads = {"nemotron_flash_1b": (16, 4), "nemotron_flash_3b": (24, 6)}[name]
     assert (layout["num_attention_heads"], layout["num_key_value_heads"]) == heads
     assert layout["mamba_d_state"] == 128

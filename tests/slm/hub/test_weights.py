@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slm.config import ConfigError
-from slm.hub.formats import FormatConfig, write_model
+from slm.hub.formats import FormatConfig, special_tokens, write_model
 from slm.hub.loading import load_model
 from slm.hub.modeling import SLMForCausalLM
 from slm.hub.weights import read_weights
@@ -24,7 +24,7 @@ class Bomb:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_model(build_model(), FormatConfig(), 0, tmp_path)
+    write_model(build_model(), FormatConfig(), special_tokens(0), tmp_path)
     return tmp_path
 
 
@@ -55,7 +55,10 @@ def test_truncated_weights_are_refused(folder: Path, size: int) -> None:
     "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../else.safetensors"}}']
 )
 def test_an_index_must_be_one_of_this_folder(folder: Path, index: str) -> None:
+    # transformers, too, looks for the whole first.
     (folder / "model.safetensors.index.json").write_text(index)
+    load_model(folder)
+    (folder / "model.safetensors").unlink()
     assert "index.json': is damaged" in problem(folder) or "is no file's name" in problem(folder)
 
 
@@ -76,7 +79,7 @@ def test_a_config_of_another_model_is_refused(folder: Path) -> None:
 def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slm.hub.formats.MAX_SHARD_SIZE", "10KB")
     model = build_model("tie_embeddings=False")
-    write_model(model, FormatConfig(), 0, tmp_path)
+    write_model(model, FormatConfig(), special_tokens(0), tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     back, _ = load_model(tmp_path)
     weights = read_weights(tmp_path)
