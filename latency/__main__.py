@@ -97,6 +97,13 @@ def main(config: DictConfig) -> Profile:
             raise ConfigError([f"largest_batch: {error}"]) from None
     else:
         measured = profile(architecture, workload, device, protocol, settings.seed)
+    if measured.tpot_ms.median_ms <= 0:
+        raise ConfigError(
+            [
+                f"workload.new_tokens: {workload.new_tokens} take less time than this machine's "
+                "noise; ask for more of them, or for more time (protocol.max_seconds)"
+            ]
+        )
     bound = measured.roofline(peaks)
     console.print(profile_table(measured, bound))
     record: dict[str, Any] = {**measured.to_dict(), "roofline": bound.to_dict()}

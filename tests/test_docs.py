@@ -39,7 +39,7 @@ PROTOCOL = [
     *("protocol.max_seconds=0.01", "protocol.warmup_rounds=1", "protocol.max_rounds=6"),
     *("protocol.max_repeats=0", "protocol.compile_unit=eager"),
 ]
-WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=4"]
+WORKLOAD = ["workload.prompt_tokens=4", "workload.new_tokens=16"]
 TINY = {
     "train.py": [
         *(*TEXT, "trainer=cpu_small", "trainer.max_steps=2", "trainer.validation_tokens=128"),
@@ -356,7 +356,7 @@ def test_measuring_does_what_its_page_says(root: Path, tmp_path: Path) -> None:
     batch = re.search(r"throughput of a batch of (\d+)", largest)
     assert batch is not None
     assert int(batch[1]) > 1
-    assert f"b{batch[1]}-p4-n4-float32" in shown
+    assert f"b{batch[1]}-p4-n16-float32" in shown
     assert "peaks:" in shown
 
 
