@@ -104,8 +104,10 @@ def add_results(
     """
     identity = {"path": str(model), "sha256": _digest(weights)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another evaluation may end at the same moment.
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    # Another evaluation may end at the same moment. The lock, a file that stays, lies beside the
+    # folder: what lies in an export is uploaded.
+    folder = path.parent.resolve()
+    with FileLock(folder.parent / f".{folder.name}.lock"):
         tasks = known_results(path, weights)
         tasks |= {name: result.to_json() for name, result in results.items()}
         write_atomically(path, json.dumps({"model": identity, "tasks": tasks}, indent=2) + "\n")

@@ -148,6 +148,8 @@ def test_results_of_other_weights_do_not_stay(tmp_path: Path) -> None:
     add_results(path, tmp_path, [weights], {"c": result})
     assert list(json.loads(path.read_text())["tasks"]) == ["c"]
     assert json.loads(path.read_text())["tasks"]["c"]["metrics"]["acc"]["high"] == 0.7
+    # Nothing else comes into the folder, which may be an export.
+    assert [each.name for each in path.parent.iterdir()] == ["results.json"]
 
 
 def test_all_that_is_wrong_is_said_at_once(folder: Path) -> None:
