@@ -20,7 +20,40 @@ from slm.operators import OperatorConfig
 
 # What stands for the name of a part in the name of a weight.
 PART = "{}"
+# Names that several projects share, those of the layer left out.
+ATTENTION_NAMES = {
+    "norm.weight": "input_layernorm.weight",
+    "operator.qkv_proj.weight": "self_attn.{}_proj.weight",
+    "operator.o_proj.weight": "self_attn.o_proj.weight",
+    "operator.q_norm.weight": "self_attn.q_norm.weight",
+    "operator.k_norm.weight": "self_attn.k_norm.weight",
+}
+# What matrices may be computed in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def mamba2_names(norm: str, mixer: str) -> Mapping[str, str]:
+    """Those of Mamba2, as its authors have them, by the names of its two modules."""
+    return {
+        "norm.weight": f"{norm}.weight",
+        "operator.in_proj.weight": f"{mixer}.in_proj.weight",
+        "operator.convolution.weight": f"{mixer}.conv1d.weight",
+        "operator.convolution.bias": f"{mixer}.conv1d.bias",
+        "operator.A_log": f"{mixer}.A_log",
+        "operator.D": f"{mixer}.D",
+        "operator.dt_bias": f"{mixer}.dt_bias",
+        "operator.norm.weight": f"{mixer}.norm.weight",
+        "operator.out_proj.weight": f"{mixer}.out_proj.weight",
+    }
+
+
+def ffn_names(norm: str, network: str) -> Mapping[str, str]:
+    """Those of a feed-forward network, by the names of its two modules."""
+    return {
+        "norm.weight": f"{norm}.weight",
+        "operator.gate_up_proj.weight": f"{network}.{PART}_proj.weight",
+        "operator.down_proj.weight": f"{network}.down_proj.weight",
+    }
 
 
 @dataclass(frozen=True)
@@ -61,27 +94,30 @@ class Layout:
         with torch.device("meta"):
             model = LanguageModel(architecture)
         expected = model.state_dict()
+        names = {
+            ours: (theirs, sizes)
+            for ours, theirs, sizes in self._names(architecture, prefixes)
+            if ours in expected and expected[ours].numel()
+        }
         problems: list[str] = []
-        unknown, own = set(weights), {}
-        for ours, theirs, sizes in self._names(architecture, prefixes):
-            if ours not in expected or not expected[ours].numel():
-                continue
+        for ours, (theirs, sizes) in names.items():
             rest = expected[ours].shape[1:]
             shapes = [torch.Size([size, *rest]) for size in sizes] or [expected[ours].shape]
-            unknown -= set(theirs)
             for name, shape in zip(theirs, shapes, strict=True):
                 if name not in weights:
                     problems.append(f"{name}: missing")
                 elif weights[name].shape != shape:
                     given = list(weights[name].shape)
                     problems.append(f"{name}: must be {list(shape)}, got {given}")
-            if all(name in weights for name in theirs):
-                pieces = [weights[name] for name in theirs]
-                own[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        unknown = weights.keys() - {name for theirs, _ in names.values() for name in theirs}
         problems += [f"{name}: unknown" for name in sorted(unknown)]
         problems += _dtype_problems(weights)
         if problems:
             raise ConfigError(problems)
+        own = {
+            ours: torch.cat([weights[name] for name in theirs]) if sizes else weights[theirs[0]]
+            for ours, (theirs, sizes) in names.items()
+        }
         if not architecture.meta_tokens:
             dtype = own["embedding.weight"].dtype
             own["meta_tokens"] = torch.empty(0, architecture.width, dtype=dtype)
@@ -139,6 +175,14 @@ class Common:
         if len(values) > 1:
             self.problems.append(f"{name}.{field}: must be the same everywhere, got {values}")
         return values[0] if values else default
+
+    def ffn_hidden(self) -> int:
+        """The hidden width of all FFNs, of which there must be one; else as `value`."""
+        width = self.architecture.width
+        hidden = sorted({each.hidden(width) for each in self.operators("ffn")})
+        if len(hidden) > 1:
+            self.problems.append(f"ffn: must be equally wide everywhere, got {hidden}")
+        return hidden[0]
 
     def require(self, name: str, field: str, expected: Any) -> None:
         """It is a problem where a field of an operator called `name` is not as expected."""

@@ -16,43 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slm.architecture import Architecture
-from slm.hub.layout import Common, Layout
+from slm.hub.layout import ATTENTION_NAMES, Common, Layout, ffn_names, mamba2_names
 from slm.model import LanguageModel
 from slm.operators import OperatorConfig
 
 # Epsilons of norms within operators, where these classes have the one of the model.
 QK_NORM_EPS = 1e-6
 MAMBA2_NORM_EPS = 1e-5
-
-ATTENTION = {
-    "norm.weight": "input_layernorm.weight",
-    "operator.qkv_proj.weight": "self_attn.{}_proj.weight",
-    "operator.o_proj.weight": "self_attn.o_proj.weight",
-    "operator.q_norm.weight": "self_attn.q_norm.weight",
-    "operator.k_norm.weight": "self_attn.k_norm.weight",
-}
-
-
-def _mamba2(norm: str, mixer: str) -> Mapping[str, str]:
-    return {
-        "norm.weight": f"{norm}.weight",
-        "operator.in_proj.weight": f"{mixer}.in_proj.weight",
-        "operator.convolution.weight": f"{mixer}.conv1d.weight",
-        "operator.convolution.bias": f"{mixer}.conv1d.bias",
-        "operator.A_log": f"{mixer}.A_log",
-        "operator.D": f"{mixer}.D",
-        "operator.dt_bias": f"{mixer}.dt_bias",
-        "operator.norm.weight": f"{mixer}.norm.weight",
-        "operator.out_proj.weight": f"{mixer}.out_proj.weight",
-    }
-
-
-def _ffn(norm: str, network: str) -> Mapping[str, str]:
-    return {
-        "norm.weight": f"{norm}.weight",
-        "operator.gate_up_proj.weight": f"{network}.{{}}_proj.weight",
-        "operator.down_proj.weight": f"{network}.down_proj.weight",
-    }
 
 
 def _model(base: str, embedding: str, norm: str) -> Mapping[str, str]:
@@ -79,7 +49,7 @@ class Family:
 
 LLAMA_LAYOUT = Layout(
     _model("model", "embed_tokens", "norm"),
-    {"attention": ATTENTION, "ffn": _ffn("post_attention_layernorm", "mlp")},
+    {"attention": ATTENTION_NAMES, "ffn": ffn_names("post_attention_layernorm", "mlp")},
 )
 LLAMA = Family("Llama", LLAMA_LAYOUT)
 QWEN3 = Family("Qwen3", LLAMA_LAYOUT)
@@ -88,15 +58,15 @@ BAMBA = Family(
     Layout(
         _model("model", "embed_tokens", "final_layernorm"),
         {
-            "attention": ATTENTION,
-            "mamba2": _mamba2("input_layernorm", "mamba"),
-            "ffn": _ffn("pre_ff_layernorm", "feed_forward"),
+            "attention": ATTENTION_NAMES,
+            "mamba2": mamba2_names("input_layernorm", "mamba"),
+            "ffn": ffn_names("pre_ff_layernorm", "feed_forward"),
         },
     ),
 )
 MAMBA2 = Family(
     "Mamba2",
-    Layout(_model("backbone", "embeddings", "norm_f"), {"mamba2": _mamba2("norm", "mixer")}),
+    Layout(_model("backbone", "embeddings", "norm_f"), {"mamba2": mamba2_names("norm", "mixer")}),
     layers="backbone.layers",
     operators_per_layer=1,
 )
@@ -198,11 +168,7 @@ def _require_pairs(common: Common) -> None:
 
 def _ffn_fields(common: Common) -> dict[str, Any]:
     common.require("ffn", "activation", "swiglu")
-    width = common.architecture.width
-    hidden = sorted({each.hidden(width) for each in common.operators("ffn")})
-    if len(hidden) > 1:
-        common.problems.append(f"ffn: must be equally wide everywhere, got {hidden}")
-    return {"intermediate_size": hidden[0]}
+    return {"intermediate_size": common.ffn_hidden()}
 
 
 def _attention_fields(common: Common, family: Family) -> dict[str, Any]:

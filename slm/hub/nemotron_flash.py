@@ -6,6 +6,7 @@ DeltaNet, Mamba2, attention and FFN, each of one shape in all of a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field, fields
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from slm.architecture import Architecture
 from slm.config import ConfigError, read, schema
-from slm.hub.layout import Common, Layout
+from slm.hub.layout import ATTENTION_NAMES, Common, Layout, ffn_names, mamba2_names
 from slm.model import LanguageModel
 from slm.operators import OperatorConfig
 from slm.operators.attention import AttentionConfig
@@ -43,7 +44,6 @@ DELTANET_CONV_WIDTH = 4
 MAMBA2_HEADS_MULTIPLE = 8
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INPUT_NORM = {"norm.weight": "input_layernorm.weight"}
 LAYOUT = Layout(
     model={
         "embedding.weight": EMBEDDING,
@@ -52,37 +52,17 @@ LAYOUT = Layout(
         "head.weight": HEAD,
     },
     operators={
-        "attention": INPUT_NORM
-        | {
-            "operator.qkv_proj.weight": "self_attn.{}_proj.weight",
-            "operator.o_proj.weight": "self_attn.o_proj.weight",
-            "operator.q_norm.weight": "self_attn.q_norm.weight",
-            "operator.k_norm.weight": "self_attn.k_norm.weight",
-        },
-        "deltanet": INPUT_NORM
-        | {
+        "attention": ATTENTION_NAMES,
+        "deltanet": {
+            "norm.weight": "input_layernorm.weight",
             "operator.qkv_proj.weight": "gla.{}_proj.weight",
             "operator.convolution.weight": "gla.{}_conv1d.weight",
             "operator.beta_proj.weight": "gla.b_proj.weight",
             "operator.o_norm.weight": "gla.o_norm.weight",
             "operator.o_proj.weight": "gla.o_proj.weight",
         },
-        "mamba2": INPUT_NORM
-        | {
-            "operator.in_proj.weight": "mamba.in_proj.weight",
-            "operator.convolution.weight": "mamba.conv1d.weight",
-            "operator.convolution.bias": "mamba.conv1d.bias",
-            "operator.A_log": "mamba.A_log",
-            "operator.D": "mamba.D",
-            "operator.dt_bias": "mamba.dt_bias",
-            "operator.norm.weight": "mamba.norm.weight",
-            "operator.out_proj.weight": "mamba.out_proj.weight",
-        },
-        "ffn": {
-            "norm.weight": "pre_ffn_layernorm.weight",
-            "operator.gate_up_proj.weight": "ffn.{}_proj.weight",
-            "operator.down_proj.weight": "ffn.down_proj.weight",
-        },
+        "mamba2": mamba2_names("input_layernorm", "mamba"),
+        "ffn": ffn_names("pre_ffn_layernorm", "ffn"),
     },
 )
 
@@ -369,17 +349,15 @@ def _activation(common: Common) -> str:
 
 def _ffn_ratio(common: Common) -> float | None:
     """Hidden width over width, such that theirs comes out as ours does."""
-    width = common.architecture.width
-    hidden = {each.hidden(width) for each in common.operators("ffn")}
-    if len(hidden) > 1:
-        common.problems.append(f"ffn: must be equally wide everywhere, got {sorted(hidden)}")
-    if not hidden:
+    if not common.operators("ffn"):
         return None
-    wide = hidden.pop()
+    width, wide = common.architecture.width, common.ffn_hidden()
     if wide % FFN_MULTIPLE:
         common.problems.append(
             f"ffn.ratio: must make the hidden width a multiple of {FFN_MULTIPLE}, got {wide}"
         )
-    ratio = common.operators("ffn")[0].ratio
-    fits = int(ratio * width) // FFN_MULTIPLE * FFN_MULTIPLE == wide
-    return float(ratio if fits else wide / width)
+    # Their product with the width, cut to a whole number, must not fall just short of it.
+    exact = math.nextafter(wide / width, math.inf)
+    given = common.operators("ffn")[0].ratio
+    fits = int(given * width) // FFN_MULTIPLE * FFN_MULTIPLE == wide
+    return float(given) if fits else exact

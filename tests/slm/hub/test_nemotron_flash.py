@@ -111,6 +111,16 @@ def test_released_models_are_expressed(name: str) -> None:
     assert layout["ffn_expand_ratio"] == 3.0
 
 
+@pytest.mark.parametrize("width", [98, 300, 1100, 2049])
+def test_networks_come_out_as_wide(width: int) -> None:
+    for hidden in range(256, 4 * width, 128):
+        # Rounded as ours is; as theirs is, this ratio would give another width.
+        text = f"ffn(ratio={(hidden + 130) / width},multiple_of={hidden})"
+        architecture = Architecture.parse(f"width={width} vocab_size=9 {FIELDS} | {text}")
+        back = nemotron_flash.write_config(architecture).architecture()
+        assert [each.hidden(width) for each in back.operators] == [hidden]
+
+
 @pytest.mark.parametrize("rope", ["default", "ntk"])
 @pytest.mark.parametrize("norm", ["none", "rms"])
 @pytest.mark.parametrize("window", [None, 4])
@@ -232,13 +242,18 @@ def test_all_bad_weights_are_named_at_once(tmp_path: Path) -> None:
     weights = load_file(GOLDEN / "untied" / "model.safetensors")
     del weights["model.layers.0.gla.k_proj.weight"], weights["model.final_layernorm.weight"]
     weights["model.layers.2.mamba.D"] = torch.ones(3)
+    # A part that does not even go together with the others.
+    weights["model.layers.0.gla.v_proj.weight"] = torch.ones(64, 32)
+    weights["model.layers.4.self_attn.k_proj.weight"] = torch.ones(32, 32)
     weights["model.layers.9.extra"] = torch.ones(1)
     with pytest.raises(ConfigError) as error:
         load_model(write_folder(tmp_path / "bad", config, weights))
     assert [problem.partition("': ")[2] for problem in error.value.problems] == [
         "model.final_layernorm.weight: missing",
         "model.layers.0.gla.k_proj.weight: missing",
+        "model.layers.0.gla.v_proj.weight: must be [64, 64], got [64, 32]",
         "model.layers.2.mamba.D: must be [8], got [3]",
+        "model.layers.4.self_attn.k_proj.weight: must be [32, 64], got [32, 32]",
         "model.layers.9.extra: unknown",
     ]
     assert all(str(tmp_path / "bad") in problem for problem in error.value.problems)
