@@ -63,8 +63,8 @@ console = Console(stderr=True)
 class Family:
     """Models that both have.
 
-    layers: each one or two operators of ours. theirs: the model of transformers that computes what
-    ours does, once it is made. chunk_sizes: of theirs; none where there are no chunks.
+    layers: each one or two operators of ours. theirs: makes the model of transformers that has the
+    weights of ours. chunk_sizes: of theirs; none where there are no chunks.
     """
 
     layers: list[str]

@@ -17,6 +17,7 @@ from slm.config import ConfigError, schema
 from slm.data.tokenizer import end_of_text_id, load_tokenizer
 from slm.hub import nemotron_flash
 from slm.hub.flatten import flatten
+from slm.hub.loading import CONFIG_FILE
 from slm.hub.weights import MAX_SHARD_SIZE, write_weights
 from slm.model import LanguageModel
 from slm.operators import OPERATORS
@@ -27,7 +28,6 @@ from slm.training.checkpoint import TOKENIZER_FILE
 LicenseName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Format = Literal["slm", "nemotron_flash", "native"]
 
-CONFIG_FILE = "config.json"
 ENTRIES = ("slm.hub.configuration", "slm.hub.modeling")
 AUTO_MAP = {
     "AutoConfig": "slm_hub_configuration.SLMConfig",

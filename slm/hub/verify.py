@@ -149,6 +149,6 @@ def _reload(folder: Path, config: FormatConfig, tokens: Tensor) -> tuple[Tensor,
 
 
 def _check_tokenizer(folder: Path, prompt: str, ids: list[int] | None) -> None:
-    """Raise RuntimeError if transformers cuts the prompt into other tokens than training did."""
+    """Raise VerificationError if transformers cuts the prompt otherwise than training did."""
     if ids is not None and ids != load_tokenizer(folder / TOKENIZER_FILE).encode(prompt).ids:
         raise VerificationError(f"export '{folder}': the tokenizer cuts {prompt!r} differently")
