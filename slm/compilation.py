@@ -112,13 +112,21 @@ def library(
 
 def compiler_problems(field: str, value: str) -> list[str]:
     """Why the `value` of a config's field, which wants something compiled, cannot be had."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler):
+    if has_compiler():
         return []
     return [
-        f"{field}: {value!r} needs a C++ compiler, and there is no {compiler!r}: install g++, name "
-        "another in CXX, or choose 'eager'"
+        f"{field}: {value!r} needs a C++ compiler, and there is no {_compiler()!r}: install g++, "
+        "name another in CXX, or choose 'eager'"
     ]
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler."""
+    return shutil.which(_compiler()) is not None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def library_path(name: str, arguments: Sequence[Argument]) -> Path:

@@ -11,23 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from slm.compilation import Argument, Library, has_compiler, library
 from slm.operators import Operator
 
 # A row this short is left as it is, rather than blown up: division by zero would make it NaN.
 SMALLEST_NORM = 1e-12
 # Of the model itself, those whose rows are vectors of the stream.
 EMBEDDINGS = ("embedding.weight", "head.weight")
-# On a CPU, what of a matrix is measured and then scaled while a core's cache holds it.
-BLOCK_BYTES = 2**21
-# Matrices of so many bytes on a CPU have the norms of their columns found by compiled code.
+# Matrices of so many bytes on a CPU, which its caches do not keep from step to step, are projected
+# by compiled code: it reads each once and has its norms and its product in one go.
 COMPILED_BYTES = 2**21
+# Rows of a matrix whose columns are measured side by side, so that memory is read as it lies.
+BAND_ROWS = 32
 
 
 def matrices(model: nn.Module, embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter, int]]:
@@ -56,11 +57,11 @@ def project(model: nn.Module, embeddings: bool = False) -> None:
     Weights may be sharded (DTensors): each rank projects its share.
     """
     for _, weight, axis in matrices(model, embeddings):
-        if axis == 1:
-            for rows in _blocks(weight):
-                rows.mul_(_scales(rows, 1))
+        if _is_worth_compiling(weight):
+            library = _library(axis, weight.shape[axis], weight.dtype, torch.get_num_threads())
+            library([weight])
         else:
-            weight.mul_(_column_scales(weight))
+            weight.mul_(_scales(weight, axis))
 
 
 def attach(optimizer: Optimizer, model: nn.Module, embeddings: bool = False) -> RemovableHandle:
@@ -79,34 +80,29 @@ def _scales(weight: Tensor, axis: int) -> Tensor:
     return norms.clamp(min=SMALLEST_NORM).reciprocal()
 
 
-def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
-    """Views of `weight` [R, D], some rows each."""
-    if not _is_whole_on_cpu(weight):
-        return (weight,)
-    num_rows = BLOCK_BYTES // (weight.element_size() * weight.shape[1])
-    return weight.split(max(1, num_rows))
-
-
-def _column_scales(weight: Tensor) -> Tensor:
-    """`_scales` of the columns of `weight` [D, C], which lie across memory."""
-    if _is_whole_on_cpu(weight) and weight.nbytes >= COMPILED_BYTES:
-        return _compiled_column_scales()(weight)
-    return _scales(weight, 0)
+def _is_worth_compiling(weight: Tensor) -> bool:
+    """Whether it is large, whole and on a CPU, and something can be compiled here."""
+    is_whole = weight.device.type == "cpu" and type(weight) is nn.Parameter
+    return is_whole and weight.nbytes >= COMPILED_BYTES and has_compiler()
 
 
 @cache
-def _compiled_column_scales() -> Any:
-    return torch.compile(_column_scales_by_bands, dynamic=True)
+def _library(axis: int, width: int, dtype: torch.dtype, num_threads: int) -> Library:
+    """Projects a matrix of any number of vectors, for that many threads."""
+    # Of which two may be any number; compilers take none and one for special.
+    shape = (2, width) if axis == 1 else (width, 2)
+    example = Argument(torch.empty(shape, dtype=dtype), varying=(1 - axis,))
+    function = _project_rows if axis == 1 else _project_columns
+    return library(f"weight_norm {function.__name__}", function, [example])
 
 
-def _column_scales_by_bands(weight: Tensor) -> Tensor:
-    """Over bands of some rows first, which are read as memory has them."""
-    bands = weight.unflatten(0, (-1, math.gcd(weight.shape[0], 32)))
+def _project_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    weight.mul_(_scales(weight, 1))
+    return ()
+
+
+def _project_columns(weight: Tensor) -> tuple[Tensor, ...]:
+    bands = weight.unflatten(0, (-1, math.gcd(weight.shape[0], BAND_ROWS)))  # [D / 32, 32, C]
     norms = torch.linalg.vector_norm(bands, dim=0, dtype=torch.float32)
-    return (
-        torch.linalg.vector_norm(norms, dim=0, keepdim=True).clamp(min=SMALLEST_NORM).reciprocal()
-    )
-
-
-def _is_whole_on_cpu(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and type(weight) is nn.Parameter
+    weight.mul_(_scales(norms, 0))
+    return ()

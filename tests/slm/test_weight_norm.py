@@ -69,6 +69,23 @@ def test_a_row_of_zeros_stays(model: LanguageModel) -> None:
     assert weight.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_large_matrices_as_small_ones(has_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_compiler:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    # Of 2.2 and 2.4 MB; neither width is a multiple of a vector's or a band's size.
+    model = LanguageModel(
+        Architecture.parse("width=344 vocab_size=50 | ffn(ratio=5.0,multiple_of=1)")
+    )
+    matrices = [(weight, axis) for _, weight, axis in weight_norm.matrices(model)]
+    assert all(weight.nbytes >= weight_norm.COMPILED_BYTES for weight, _ in matrices)
+    matrices[0][0].data[7] = 0
+    expected = [torch.nn.functional.normalize(w.double(), dim=axis) for w, axis in matrices]
+    weight_norm.project(model)
+    for (weight, _), each in zip(matrices, expected, strict=True):
+        torch.testing.assert_close(weight.double(), each, atol=1e-6, rtol=1e-6)
+
+
 def test_the_norm_of_bf16_is_taken_in_fp32(model: LanguageModel) -> None:
     weight_norm.project(model.bfloat16())
     for norm in norms(model.float()):
