@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ PALEST = 0.85
 def report_page(summary: Row, findings: Findings, commands: Mapping[str, str]) -> str:
     """The page that needs nothing from elsewhere.
 
-    summary: what depth_width.json holds. commands: what trains a chosen size, by digest.
+    summary: what depth_width.json holds. commands: what trains a chosen size, by the budgets within
+    which it is best.
     """
     content = {
         **summary,
@@ -63,12 +65,17 @@ def latency_figure(findings: Findings) -> str:
         )
     )
     for budget_ms in findings.budgets_ms:
-        figure.add_vline(
-            x=budget_ms,
-            line={"color": QUIET, "width": 1, "dash": "dot"},
-            annotation_text=f"{budget_ms:g} ms",
-            annotation_position="top right",
-            annotation_font_color=QUIET,
+        figure.add_vline(x=budget_ms, line={"color": QUIET, "width": 1, "dash": "dot"})
+        figure.add_annotation(
+            # On a logarithmic axis a text stands at the logarithm, other than a line.
+            x=math.log10(budget_ms),
+            y=1,
+            yref="paper",
+            text=f"{budget_ms:g} ms",
+            showarrow=False,
+            xanchor="left",
+            yanchor="top",
+            font={"color": QUIET, "size": 11},
         )
     figure.update_xaxes(
         title="measured latency of one request, ms (bars: 95 % interval)", type="log"
@@ -107,7 +114,7 @@ def _depth_traces(
                 x=[row["latency_ms"] for row in rows],
                 y=[row["predicted_perplexity"] for row in rows],
                 mode="lines+markers",
-                name=f"{name}, by the law",
+                name=name,
                 legendgroup=name,
                 showlegend=not trained,
                 marker={"color": color, "size": 7, "symbol": "circle-open"},
@@ -142,8 +149,7 @@ def best_figure(findings: Findings) -> str | None:
                     line={"width": 0, "shape": "hv"},
                     fill=fill,
                     fillcolor="rgba(46, 134, 171, 0.15)",
-                    name="95 % of the resampled laws",
-                    showlegend=fill is not None,
+                    showlegend=False,
                     hoverinfo="skip",
                 ),
                 row=1,
@@ -156,7 +162,6 @@ def best_figure(findings: Findings) -> str | None:
                 y=[choice[name] for choice in choices],
                 mode="lines",
                 line={"color": LINE, "width": 2, "shape": "hv"},
-                name=f"best {name}",
                 showlegend=False,
                 text=[_choice_hover(choice) for choice in choices],
                 hovertemplate="%{text}<extra></extra>",

@@ -149,25 +149,34 @@ def write_results(
     write_json(paths[0], summary)
     write_parquet(paths[1], findings.rows)
     write_csv(paths[2], findings.rows)
+    budgets: dict[str, list[str]] = {}
+    for choice in findings.choices:
+        budgets.setdefault(choice["digest"], []).append(f"{choice['budget_ms']:g}")
+    within = {digest: ", ".join(texts) for digest, texts in budgets.items()}
+    commands = {within[digest]: training_command(folder, digest, plugins) for digest in within}
     texts = {
-        choice["digest"]: _choice_yaml(choice, folder, grid, findings, plugins)
+        choice["digest"]: _choice_yaml(choice, findings.rows, grid, commands, within)
         for choice in findings.choices
     }
     write_models(folder, texts)
-    commands = {digest: training_command(folder, digest, plugins) for digest in texts}
     report = folder / "report.html"
     write_atomically(report, report_page(summary, findings, commands))
     return [*paths, report]
 
 
 def _choice_yaml(
-    choice: Row, folder: Path, grid: GridConfig, findings: Findings, plugins: Sequence[str]
+    choice: Row,
+    rows: Sequence[Row],
+    grid: GridConfig,
+    commands: Mapping[str, str],
+    within: Mapping[str, str],
 ) -> str:
-    """A Hydra config of the group `model`; a size that is best within several budgets says so."""
-    row = next(row for row in findings.rows if row["digest"] == choice["digest"])
-    budgets = [
-        f"{each['budget_ms']:g}" for each in findings.choices if each["digest"] == row["digest"]
-    ]
+    """A Hydra config of the group `model`.
+
+    within: the budgets of which it is the best, by digest. commands: what trains it, by these.
+    """
+    row = next(row for row in rows if row["digest"] == choice["digest"])
+    budgets = within[row["digest"]]
     by = "by the law" if choice["by"] == "law" else "of those trained"
     return model_yaml(
         Architecture.parse(row["architecture"]),
@@ -175,8 +184,8 @@ def _choice_yaml(
         row["depth"],
         {letter: list(map(str, block.parse())) for letter, block in grid.blocks.items()},
         [
-            training_command(folder, row["digest"], plugins),
-            f"The best depth and width within {', '.join(budgets)} ms, {by}: "
+            commands[budgets],
+            f"The best depth and width within {budgets} ms, {by}: "
             f"{row['latency_ms']:.4g} ms, perplexity {choice['perplexity']:.4g}.",
         ],
     )

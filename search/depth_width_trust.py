@@ -2,9 +2,9 @@
 
 What is looked for: too few sizes, or too few different depths and widths, for its constants; a
 constant at a bound, which then says where the bound is and nothing else; points that miss the law
-by more than seeds explain (the F test for lack of fit); residuals that bend with depth or width or
-depend on how the two go together, of which the law knows nothing; held-out points that are
-predicted no better than by a constant.
+by more than seeds explain (the F test for lack of fit) and by much; residuals that bend with depth
+or width or depend on how the two go together, of which the law knows nothing; held-out points that
+are predicted no better than by a constant.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ POINTS_PER_CONSTANT = 2
 MIN_LEVELS = 4
 # Of a test, at which residuals are said to have structure.
 SIGNIFICANCE = 0.01
+# Of what points differ by (standard deviation), that they may miss the law by, whatever the reason.
+TOLERABLE = 0.1
 # Root mean square of relative errors below which nobody minds their structure.
 NEGLIGIBLE = 1e-4
 # Of a sum of squares, below which a term is a combination of those of the law.
@@ -138,14 +140,18 @@ def _too_few(observations: Observations) -> list[str]:
 
 
 def _lack_of_fit(observations: Observations, law: Law) -> list[str]:
-    """Whether points miss the law by more than their seeds scatter: the F test for lack of fit."""
+    """Whether points miss the law by more than seeds explain, by the F test for lack of fit.
+
+    Where they do so by little, intervals hold it (`bootstrap` draws residuals of points).
+    """
     residuals = relative_errors(observations, law)
     distinct, point_of = observations.points
     misfit = observations.point_means(residuals)[point_of]
     missed = float(np.sqrt(np.square(misfit).mean()))
     free = len(distinct) - observations.num_constants
     repeats = len(residuals) - len(distinct)
-    if free < 1 or repeats < 1 or missed < NEGLIGIBLE:
+    spread = float(np.log(law.perplexity(distinct)).std())
+    if free < 1 or repeats < 1 or missed < max(NEGLIGIBLE, TOLERABLE * spread):
         return []
     by_misfit = float(np.square(misfit).sum()) / free
     by_seeds = float(np.square(residuals - misfit).sum()) / repeats
@@ -154,7 +160,7 @@ def _lack_of_fit(observations: Observations, law: Law) -> list[str]:
         return []
     return [
         f"points miss the law by more than their seeds explain (F test for lack of fit, "
-        f"p = {probability:.1g}): by {missed:.2%}, root mean square"
+        f"p = {probability:.1g}): by {missed:.1%}, root mean square; they differ by {spread:.1%}"
     ]
 
 

@@ -187,7 +187,6 @@ def test_a_best_depth_within_the_grid_bends_the_residuals() -> None:
 
     found = doubts_of(observe(bent, noise=0.003))
     assert any("they bend with depth" in doubt for doubt in found)
-    assert any("F test for lack of fit" in doubt for doubt in found)
 
 
 def test_depth_that_needs_width_is_an_interaction() -> None:
@@ -199,11 +198,13 @@ def test_depth_that_needs_width_is_an_interaction() -> None:
 
 
 def test_points_that_scatter_more_than_seeds_do_are_named() -> None:
-    found = doubts_of(observe(LAW.perplexity, noise=0.001, misfit=0.01))
+    found = doubts_of(observe(LAW.perplexity, noise=0.001, misfit=0.03))
     assert any("points miss the law by more than their seeds explain" in each for each in found)
     # One seed says nothing of what seeds explain.
-    single = doubts_of(observe(LAW.perplexity, noise=0.001, misfit=0.01, num_seeds=1))
+    single = doubts_of(observe(LAW.perplexity, noise=0.001, misfit=0.03, num_seeds=1))
     assert not any("seeds" in each for each in single)
+    # So little does not matter beside what sizes differ by; the intervals hold it.
+    assert doubts_of(observe(LAW.perplexity, noise=0.0005, misfit=0.002)) == []
 
 
 def test_noise_alone_is_predicted_no_better_than_by_its_mean() -> None:
