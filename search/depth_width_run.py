@@ -118,12 +118,18 @@ class DepthWidthStudy(CellStudy[DepthWidthConfig]):
             return []
         findings = self.findings()
         config = self.config
-        paths = write_results(
-            self.folder, self._description(), findings, config.grid, config.plugins
+        trainings = self._trainings()
+        num_missing = sum(self.store.get(each.key) is None for each in trainings)
+        missing = (
+            f"{num_missing} of {len(trainings)} trainings are missing" if num_missing else None
         )
+        description = {**self._description(), "missing": missing}
+        paths = write_results(self.folder, description, findings, config.grid, config.plugins)
         print_table(sizes_table(findings))
         if findings.choices:
             print_table(choices_table(findings.choices))
+        if missing is not None:
+            self.progress.say(f"{missing}; the same command makes them")
         for line in self._verdict(findings):
             self.progress.say(line)
         table, *others, report = paths

@@ -460,6 +460,7 @@ def test_an_interrupt_ends_all_workers_without_a_traceback(experiment, tmp_path)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said + rest
     assert "interrupted; the same command goes on from here" in rest
+    assert "8 of 8 trainings are missing; the same command makes them" in rest
     assert "nothing is trained yet" in rest
     assert "Traceback" not in rest
     _, alive = psutil.wait_procs(workers, timeout=20)

@@ -181,6 +181,12 @@ def test_an_exponent_at_its_bound_is_named() -> None:
     assert any("is at its bound" in doubt for doubt in found)
 
 
+def test_perplexity_that_would_fall_below_what_there_can_be_is_at_a_bound() -> None:
+    """Powers as slow as these have fallen so far already that less than nothing would be left."""
+    found = doubts_of(observe(lambda x: 60 / x[:, 0] ** 0.3 + 700 / x[:, 1] ** 0.5 - 20))
+    assert "L0 is at its bound 1, the least a perplexity can be" in found
+
+
 def test_a_best_depth_within_the_grid_bends_the_residuals() -> None:
     def bent(x: np.ndarray) -> np.ndarray:
         return LAW.perplexity(x) + 6 * np.log(x[:, 0] / 5) ** 2
