@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,3 +53,15 @@ def seed_noise(scores: Sequence[Sequence[float]]) -> SeedNoise:
 def is_difference(a: float, b: float, noise: SeedNoise) -> bool:
     """Whether two scores of one seed each differ by more than seeds make them at 95 %."""
     return abs(a - b) > noise.least_difference
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean of normal values (Student 1908); None for fewer than two."""
+    if len(values) < 2:
+        return None, None
+    from scipy import stats
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    mean = statistics.fmean(values)
+    return mean - half, mean + half

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.table import Table
-from scipy import stats
 
-from search.operator_study_cells import Cell
-from search.run_folder import write_json, write_parquet
+from search.cell_rows import Row, architecture_fields, measurement_fields
+from search.cells import Cell
+from search.noise import mean_interval
+from search.run_folder import write_csv, write_json, write_parquet
 from slm.architecture import Architecture
 from slm.evaluation import wilson_interval
 from slm.training.files import write_atomically
 
-Row = dict[str, Any]
 Matching = Literal["parameters", "latency"]
 
 MATCHINGS: dict[Matching, str] = {
     "parameters": "at equal parameter count",
     "latency": "at equal measured latency",
 }
-TIMES = ("latency", "tpot", "ttft")
 
 
 @dataclass(frozen=True)
@@ -66,33 +63,15 @@ def study_row(
         "name": entry.name,
         "mixers": list(entry.mixers),
         "blocks": entry.num_blocks,
-        "width": None,
-        "architecture": None,
-        "digest": None,
-        "parameters": None,
-        "parameters_without_embedding": None,
+        **architecture_fields(architecture),
         "parameters_deviation": None,
         "latency_deviation": None,
-        "state_bytes": None,
-        **{f"{name}{part}_ms": None for name in TIMES for part in ("", "_low", "_high")},
-        "is_quiet": None,
-        "has_converged": None,
+        **measurement_fields(measurement),
     }
     if architecture is not None:
-        embedding = architecture.vocab_size * architecture.width
-        embedding *= 1 if architecture.tie_embeddings else 2
-        row |= {
-            "width": architecture.width,
-            "architecture": str(architecture),
-            "digest": architecture.digest,
-            "parameters": architecture.parameters(),
-            "parameters_without_embedding": architecture.parameters() - embedding,
-            "parameters_deviation": architecture.parameters() / target_parameters - 1,
-        }
-    if measurement is not None and "error" not in measurement:
-        row |= {key: value for key, value in measurement.items() if key in row}
-        if target_ms is not None:
-            row["latency_deviation"] = row["latency_ms"] / target_ms - 1
+        row["parameters_deviation"] = row["parameters"] / target_parameters - 1
+    if row["latency_ms"] is not None and target_ms is not None:
+        row["latency_deviation"] = row["latency_ms"] / target_ms - 1
     failures = [] if entry.error is None else [entry.error]
     failures += [f"seed {seed}: {c['error']}" for seed, c in trainings.items() if "error" in c]
     done = {seed: cell for seed, cell in trainings.items() if "error" not in cell}
@@ -113,16 +92,6 @@ def study_row(
         "training_seconds": _mean([cell["seconds"] for cell in done.values()]),
         "error": "; ".join(failures) or None,
     }
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % interval of the mean of normal values (Student 1908); None for fewer than two."""
-    if len(values) < 2:
-        return None, None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
 
 
 def pooled_accuracy(answers: Sequence[str]) -> tuple[float | None, float | None, float | None]:
@@ -157,19 +126,9 @@ def write_results(folder: Path, description: Row, rows: Sequence[Row]) -> list[P
     paths = [folder / f"operators.{ending}" for ending in ("json", "parquet", "csv", "html")]
     write_json(paths[0], {**description, "rows": rows})
     write_parquet(paths[1], rows)
-    write_atomically(paths[2], _csv(rows))
+    write_csv(paths[2], rows)
     write_atomically(paths[3], figure_page(description, rows))
     return paths
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        texts = {key: " ".join(map(str, v)) for key, v in row.items() if isinstance(v, list)}
-        writer.writerow(row | texts)
-    return out.getvalue()
 
 
 def results_table(matching: Matching, rows: Sequence[Row]) -> Table:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from search.factors import Effect, mutation_effects, operator_effects, shape_effects
 from search.history import Quality
+from search.pages import render
 from search.quality import AXES, format_score, in_words
 from search.report_figures import (
     FFN_COLOR,
@@ -40,24 +42,16 @@ def write_report(run_folder: Path) -> Path:
 
     Raises ValueError naming the file if the folder holds no search.
     """
-    from jinja2 import Environment, FileSystemLoader, select_autoescape
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     content = report_content(run_folder)
     colors = operator_colors(content["candidates"])
-    environment.filters.update(
-        operator_color=lambda text: colors[operator_name(text)],
-        operator_name=operator_name,
-        in_words=in_words,
-        format_score=format_score,
-        continuation=lambda sample, prompt: sample.removeprefix(prompt),
-    )
-    page = environment.get_template("report.html.j2").render(**content)
+    filters: dict[str, Callable[..., Any]] = {
+        "operator_color": lambda text: colors[operator_name(text)],
+        "operator_name": operator_name,
+        "in_words": in_words,
+        "format_score": format_score,
+        "continuation": lambda sample, prompt: sample.removeprefix(prompt),
+    }
+    page = render("report.html.j2", content, filters)
     path = run_folder / "report.html"
     write_atomically(path, page)
     return path

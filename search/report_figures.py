@@ -56,7 +56,7 @@ def frontier_figure(
     figure.update_xaxes(title="measured latency of one request, ms (bars: 95 % interval)")
     figure.update_yaxes(title=f"{AXES[search['quality']]}, after the proxy")
     # The page's script is embedded once, with its first figure.
-    return _html(figure, height=460, script=True)
+    return as_html(figure, height=460, script=True)
 
 
 def progress_figure(scored: list[Record], axis: str) -> str | None:
@@ -74,7 +74,7 @@ def progress_figure(scored: list[Record], axis: str) -> str | None:
     figure.add_trace(trace.update(line={"shape": "hv", "color": ACCENT}))
     figure.update_xaxes(title="candidate")
     figure.update_yaxes(title=axis)
-    return _html(figure, height=340)
+    return as_html(figure, height=340)
 
 
 def hypervolume_figure(history: list[list[float]]) -> str | None:
@@ -97,7 +97,7 @@ def hypervolume_figure(history: list[list[float]]) -> str | None:
     )
     figure.update_xaxes(title="tokens that all candidates were trained on")
     figure.update_yaxes(title="hypervolume")
-    return _html(figure, height=300)
+    return as_html(figure, height=300)
 
 
 def rungs_figure(scored: list[Record], chosen: Record | None, axis: str) -> str | None:
@@ -133,7 +133,7 @@ def rungs_figure(scored: list[Record], chosen: Record | None, axis: str) -> str 
         )
     figure.update_xaxes(title="tokens trained on", type="log")
     figure.update_yaxes(title=axis)
-    return _html(figure, height=380)
+    return as_html(figure, height=380)
 
 
 def rank_correlation_figure(found: Record, axis: str) -> str:
@@ -152,7 +152,7 @@ def rank_correlation_figure(found: Record, axis: str) -> str:
     )
     figure.update_xaxes(title=f"{axis}, after {found['short_tokens']:,} tokens")
     figure.update_yaxes(title=f"after {found['long_tokens']:,}")
-    return _html(figure, height=340)
+    return as_html(figure, height=340)
 
 
 def effects_figure(effects: list[Effect], axis: str, of: str) -> str | None:
@@ -185,7 +185,7 @@ def effects_figure(effects: list[Effect], axis: str, of: str) -> str | None:
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     figure.update_xaxes(title=f"{axis}: {of}")
     figure.update_yaxes(automargin=True)
-    return _html(figure, height=110 + 30 * len(effects))
+    return as_html(figure, height=110 + 30 * len(effects))
 
 
 def training_figure(curve: list[dict[str, float]]) -> str | None:
@@ -203,7 +203,7 @@ def training_figure(curve: list[dict[str, float]]) -> str | None:
     )
     figure.update_xaxes(title="training tokens")
     figure.update_yaxes(title="loss, nats per token")
-    return _html(figure, height=340)
+    return as_html(figure, height=340)
 
 
 def _trace(go: Any, rows: list[Record], x: str, y: str, name: str, mode: str, color: str) -> Any:
@@ -244,7 +244,8 @@ def _points(records: list[Record], name: str, color: str, size: int, symbol: str
     )
 
 
-def _html(figure: Any, height: int, script: bool = False) -> str:
+def as_html(figure: Any, height: int, script: bool = False) -> str:
+    """A figure as a piece of a page, in the looks of all; script: with the page's script."""
     figure.update_layout(
         template="plotly_white",
         height=height,

@@ -10,6 +10,7 @@ from typing import Any
 from search.frontier import hypervolume_history, non_dominated
 from search.genotype import Genotype
 from search.history import QUALITIES, Quality
+from search.model_yaml import model_yaml, training_command
 from search.noise import SeedNoise, is_difference
 from search.space import SearchSpace
 from search.study import Record
@@ -214,32 +215,18 @@ def table_summary(rows: Sequence[Row]) -> Row | None:
     }
 
 
-def training_command(run_folder: Path, digest: str, plugins: Sequence[str]) -> str:
-    """What a person types to train a member of the frontier."""
-    command = f"python train.py --config-dir {run_folder}/frontier model={digest}"
-    return f"{command} 'plugins=[{','.join(plugins)}]'" if plugins else command
-
-
-def model_yaml(row: Row, run_folder: Path, plugins: Sequence[str]) -> str:
+def candidate_yaml(row: Row, run_folder: Path, plugins: Sequence[str]) -> str:
     """A Hydra config of the group `model` for a candidate."""
-    architecture = Architecture.parse(row["architecture"])
     genotype = Genotype.from_json(row["genotype"])
-    lines = [
-        f"# {training_command(run_folder, row['digest'], plugins)}",
-        f"# Candidate {row['number']}: loss {row['loss']:.4f} after {row['tokens']:,} tokens, "
-        f"{row['latency_ms']:.4g} ms.",
-        f"width: {architecture.width}",
-        f"depth: {len(genotype.pattern)}",
-        f"pattern: {genotype.letters()}",
-        "blocks:",
-    ]
-    for letter, block in zip("ABCDEFGH", genotype.blocks, strict=False):
-        lines += [f"  {letter}:", "    operators:"]
-        lines += [f"      - {operator}" for operator in block.operators(genotype.ffn)]
-    lines += [
-        f"meta_tokens: {architecture.meta_tokens}",
-        f"tie_embeddings: {str(architecture.tie_embeddings).lower()}",
-        f"normalize_logits: {str(architecture.normalize_logits).lower()}",
-        f"vocab_size: {architecture.vocab_size}",
-    ]
-    return "\n".join(lines) + "\n"
+    letters = zip("ABCDEFGH", genotype.blocks, strict=False)
+    return model_yaml(
+        Architecture.parse(row["architecture"]),
+        genotype.letters(),
+        len(genotype.pattern),
+        {letter: block.operators(genotype.ffn) for letter, block in letters},
+        [
+            training_command(run_folder, row["digest"], plugins),
+            f"Candidate {row['number']}: loss {row['loss']:.4f} after {row['tokens']:,} tokens, "
+            f"{row['latency_ms']:.4g} ms.",
+        ],
+    )

@@ -14,6 +14,7 @@ from search import results
 from search.audit import audit_lines, missing, run_audit
 from search.config import SearchConfig
 from search.loggers import Logger, open_logger
+from search.model_yaml import training_command
 from search.pool import Pool
 from search.progress import Progress, Stopwatch, format_count, format_duration, format_latency
 from search.quality import in_words
@@ -202,7 +203,7 @@ class Search:
         for line in audit_lines(summary["audit"]):
             self.progress.say(line)
         if summary["chosen"] is not None:
-            command = results.training_command(self.folder, summary["chosen"], self.config.plugins)
+            command = training_command(self.folder, summary["chosen"], self.config.plugins)
             self.progress.say(f"train it: {command}")
         if (self.folder / "report.html").exists():
             self.progress.say(f"look at it: {self.folder}/report.html")

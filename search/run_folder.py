@@ -9,6 +9,8 @@ report.html             all of it, to look at
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
@@ -22,7 +24,15 @@ from typing import Any
 from latency.device import Device
 from search.audit import audit_summary, noise_of
 from search.config import SearchConfig, plain
-from search.results import Row, frontier_summary, is_scored, mark, model_yaml, table_summary
+from search.model_yaml import write_models
+from search.results import (
+    Row,
+    candidate_yaml,
+    frontier_summary,
+    is_scored,
+    mark,
+    table_summary,
+)
 from search.space import SearchSpace
 from search.standings import Standings
 from search.study import Study, flatten
@@ -94,15 +104,11 @@ class RunFolder:
 
     def _write_frontier(self, summary: Row) -> None:
         """Write `frontier.json`, and a model config per member."""
-        models = self.folder / "frontier" / "model"
-        models.mkdir(parents=True, exist_ok=True)
-        for row in summary["members"]:
-            text = model_yaml(row, self.folder, self.config.plugins)
-            write_atomically(models / f"{row['digest']}.yaml", text)
-        current = {f"{row['digest']}.yaml" for row in summary["members"]}
-        for path in models.glob("*.yaml"):
-            if path.name not in current:
-                path.unlink()
+        texts = {
+            row["digest"]: candidate_yaml(row, self.folder, self.config.plugins)
+            for row in summary["members"]
+        }
+        write_models(self.folder, texts)
         if summary["chosen"] is not None:
             write_atomically(self.folder / "frontier" / "chosen", summary["chosen"] + "\n")
         write_json(self.folder / "frontier.json", summary)
@@ -149,7 +155,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    """Write the candidates as a table, whole or not at all; lists and objects as JSON text."""
+    """Write rows as a table, whole or not at all; lists and objects as JSON text."""
     import pandas as pd
 
     flat = [
@@ -162,6 +168,17 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pd.DataFrame(flat).to_parquet(temporary, index=False)
     os.replace(temporary, path)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of the same fields, whole or not at all; a list's items with spaces between."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        texts = {key: " ".join(map(str, v)) for key, v in row.items() if isinstance(v, list)}
+        writer.writerow(row | texts)
+    write_atomically(path, out.getvalue())
 
 
 def _with_limits_spread(row: Row) -> Row:

@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -97,9 +99,10 @@ class Worker:
             process = self._context.Process(
                 target=_serve, args=(self._target, theirs, self._visible_devices), daemon=True
             )
-            process.start()
-            # Not before it runs: if starting it is interrupted, there is none to be ended.
-            self._process, self._connection = process, connection
+            with _interrupts_blocked():
+                process.start()
+                # Not before it runs: if starting it fails, there is none to be ended.
+                self._process, self._connection = process, connection
             # Once only the process holds its end, its death ends the connection.
             theirs.close()
         return self._connection
@@ -140,12 +143,28 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C waits, for this thread until the end, for a process that it starts until `_serve`.
+
+    While a process starts it imports much; a Ctrl-C then would end it with a traceback.
+    """
+    # It is started with the first process, and would unblock them.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(target: object, connection: Connection, visible_devices: str | None) -> None:
     """The process: run jobs until the search is gone."""
     if visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
     # Ctrl-C reaches every process of the terminal; the search decides what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     last_report_s = 0.0
 
     def report(progress: dict[str, Any]) -> None:

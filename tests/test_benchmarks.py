@@ -155,6 +155,24 @@ def test_search_efficiency(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(METHODS) > set(curves)
 
 
+def test_depth_width(root: Path, tmp_path: Path) -> None:
+    """Two models by few tokens, of which it says that they are too few; then the fit once more."""
+    files = ("--folder", str(tmp_path / "run"), "--results", str(tmp_path / "depth_width.json"))
+    overrides = (
+        *("grid.depths=[2]", "grid.widths=[32,64]", "grid.further_depths=[]"),
+        *("grid.further_widths=[]", "grid.min_parameters=null", "proxy.rung_tokens=[512]"),
+        *("proxy.validation_tokens=512", "protocol.max_seconds=0.05", "protocol.max_repeats=0"),
+        *("protocol.compile_unit=eager", f"data.cache_dir={tmp_path / 'cache'}", "seeds=[0]"),
+    )
+    results = run(root, "depth_width", *files, *overrides)
+    assert results["extrapolation_error"] is None
+    assert results["trusted"] is False
+    assert set(results["best_depth_by_budget"].values()) == {2}
+    stored = json.loads((tmp_path / "depth_width.json").read_text())
+    assert [each["width"] for each in stored["trainings"]] == [32, 64]
+    assert run(root, "depth_width", *files, "--refit") == results
+
+
 def test_claims(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All arms with models of one size, by few tokens; it goes on from what has been trained."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))

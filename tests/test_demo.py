@@ -104,6 +104,7 @@ ENTRY_POINTS = {
     "train.py": ("train", "slm.training.config", "read_config"),
     "search": ("search", "search.config", "read_config"),
     "search.operator_study": ("operator_study", "search.operator_study_config", "read_config"),
+    "search.depth_width": ("depth_width", "search.depth_width_config", "read_config"),
     "latency": ("latency", "latency.__main__", "check"),
     "latency.show": ("show", "latency.show", "check"),
     "slm.hub.export": ("export", "slm.hub.export", "_check"),

@@ -62,6 +62,12 @@ TINY = {
         *("space.num_operators=2", "space.max_width=96", "proxy.rung_tokens=[64]"),
         *("proxy.batch_size=4", "proxy.sequence_tokens=8", "proxy.validation_tokens=128"),
     ],
+    "search.depth_width": [
+        *(*TEXT, *PROTOCOL, *WORKLOAD, "processes=1", "grid.depths=[1,2]", "grid.widths=[32,64]"),
+        *("grid.further_depths=[]", "grid.further_widths=[96]", "grid.min_parameters=null"),
+        *("proxy.rung_tokens=[64]", "proxy.batch_size=4", "proxy.sequence_tokens=8"),
+        "proxy.validation_tokens=128",
+    ],
     "slm.generate": ["new_tokens=4", "device=cpu"],
     "slm.evaluate": [
         *("data.cache_dir=cache", "tokenizer.vocab_size=300", "task_items=20", "limit=5"),
@@ -247,6 +253,29 @@ def test_the_operator_study_gives_what_its_page_says(
         }
         assert all(row["error"] is None for row in rows)
         assert columns - {"latency", "parameters"} <= set(rows[0])
+
+
+def test_depth_and_width_give_what_their_page_says(
+    root: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = root / "docs" / "depth_width.md"
+    for _, printed in run_page(root, page, tmp_path):
+        assert "the law is not to be trusted, and no size is chosen by it:" in printed
+        assert "- too few points for 5 constants: 4, where 10 would do" in printed
+    columns = set(re.findall(r"`(\w+)`", page.read_text().partition("## Columns")[2]))
+    for name in ("depth_width_small", "mine"):
+        study = tmp_path / "runs" / name
+        for file in ("report.html", *(f"depth_width.{each}" for each in ("parquet", "csv"))):
+            assert (study / file).stat().st_size > 0
+        found = json.loads((study / "depth_width.json").read_text())
+        assert len(found["rows"]) == 6
+        assert all(row["error"] is None for row in found["rows"])
+        assert columns <= set(found["rows"][0])
+        assert found["choices"]
+        assert {path.stem for path in (study / "frontier" / "model").iterdir()} == {
+            choice["digest"] for choice in found["choices"]
+        }
 
 
 def test_a_search_leaves_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from omegaconf import open_dict
 from scipy import stats
 from small_search import SETTINGS, small_text
 
-from search.operator_study_cells import CellEvaluator, CellStore
+from search.cells import CellStore
+from search.noise import mean_interval
 from search.operator_study_config import StudyConfig, read_config
-from search.operator_study_results import mean_interval, pooled_accuracy
+from search.operator_study_evaluator import OperatorEvaluator
+from search.operator_study_results import pooled_accuracy
 from search.operator_study_run import OperatorStudy
 from search.study_design import (
     PARAMETER_TOLERANCE,
@@ -25,7 +27,6 @@ from search.study_design import (
     match_latency,
     match_parameters,
 )
-from search.worker import Worker
 from slm.architecture import Architecture
 from slm.config import ConfigError, compose
 from slm.operators import parse_operator
@@ -347,7 +348,7 @@ def check_files(folder: Path, rows) -> None:
     assert "<script src=" not in page
 
 
-class CrashingEvaluator(CellEvaluator):
+class CrashingEvaluator(OperatorEvaluator):
     """Loses its process whenever it trains DeltaNet, and cannot measure a hybrid."""
 
     def measure(self, text, reference_ms, report):
@@ -355,17 +356,17 @@ class CrashingEvaluator(CellEvaluator):
             raise ValueError("no such luck")
         return super().measure(text, reference_ms, report)
 
-    def train(self, text, seed, report):
+    def train(self, text, seed, budgets, report):
         if "deltanet" in text:
             os._exit(9)
-        return super().train(text, seed, report)
+        return super().train(text, seed, budgets, report)
 
 
 class CrashingStudy(OperatorStudy):
     """Evaluates with the above."""
 
-    def _new_worker(self) -> Worker:
-        return Worker(CrashingEvaluator(**vars(super()._new_worker()._target)))
+    def _evaluator(self) -> CrashingEvaluator:
+        return CrashingEvaluator(**vars(super()._evaluator()))
 
 
 def test_a_crash_costs_one_cell(experiment, tmp_path) -> None:

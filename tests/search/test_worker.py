@@ -97,3 +97,44 @@ def test_the_process_ends_when_its_parent_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     child.wait(timeout=10)
+
+
+def test_an_interrupt_while_the_process_starts_leaves_no_traceback(tmp_path):
+    """What a process imports before it can ignore Ctrl-C takes seconds."""
+    started = tmp_path / "started"
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(started)!r}).touch()\n"
+        "time.sleep(2)\n"
+        "class Target:\n"
+        "    def job(self, report): pass\n"
+    )
+    (tmp_path / "parent.py").write_text(
+        "from search.worker import Worker\n"
+        "def main():\n"
+        "    from slow import Target\n"
+        "    worker = Worker(Target())\n"
+        f"    import os; os.remove({str(started)!r})\n"
+        "    try:\n"
+        "        worker.run('job', time_limit_s=30)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # Once for the parent, which removes it, and once for the process.
+    for is_there in (True, False, True):
+        while started.exists() != is_there:
+            assert parent.poll() is None
+            time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)
+    out, err = parent.communicate(timeout=30)
+    assert (parent.returncode, out, err) == (0, "interrupted\n", "")

@@ -1,0 +1,491 @@
+"""The study of depth and width: its grid, its choices, and whole ones as people start them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from omegaconf import open_dict
+from small_search import SETTINGS, small_text
+
+from search.cell_evaluator import CellEvaluator
+from search.cells import CellStore
+from search.depth_width_analysis import analyse, choose, default_budgets_ms, depth_findings
+from search.depth_width_config import DepthWidthConfig, Size, read_config
+from search.depth_width_law import Law
+from search.depth_width_results import Findings
+from search.depth_width_run import DepthWidthStudy
+from slm.architecture import Architecture
+from slm.config import ConfigError, compose
+
+VOCAB_SIZE = 4096
+
+
+def compose_study(*overrides: str, config_dir: Path | None = None) -> DepthWidthConfig:
+    composed = compose("depth_width", overrides, config_dir=config_dir)[0]
+    with open_dict(composed):
+        del composed["hydra"]
+    return read_config(composed)
+
+
+# Grid
+
+
+def test_every_combination_is_there_and_those_in_between_are_only_measured() -> None:
+    grid = compose_study(
+        "grid.depths=[4,2]",
+        "grid.widths=[64,96]",
+        "grid.further_depths=[3]",
+        "grid.further_widths=[128]",
+    ).grid
+    sizes = grid.sizes(VOCAB_SIZE)
+    assert list(sizes) == [
+        Size(depth, width, depth != 3 and width != 128)
+        for depth in (2, 3, 4)
+        for width in (64, 96, 128)
+    ]
+    for size, architecture in sizes.items():
+        assert architecture.width == size.width
+        assert [operator.name for operator in architecture.operators] == (
+            ["attention", "ffn"] * size.depth
+        )
+
+
+def test_depth_counts_blocks_of_the_pattern() -> None:
+    grid = compose_study("grid=hybrid", "grid.depths=[3]", "grid.further_depths=[]").grid
+    architecture = grid.sizes(VOCAB_SIZE)[Size(3, 64, True)]
+    names = [operator.name for operator in architecture.operators]
+    first, second = (["deltanet", "ffn", "mamba2", "ffn"], ["attention", "ffn", "mamba2", "ffn"])
+    assert names == first + second + first
+
+
+def test_limits_of_parameters_cut_the_grid() -> None:
+    grid = compose_study("experiment=depth_width_small").grid
+    sizes = grid.sizes(VOCAB_SIZE)
+    counts = [each.parameters() for each in sizes.values()]
+    assert min(counts) >= 900_000
+    assert max(counts) <= 8_000_000
+    trained = {size for size in sizes if size.is_trained}
+    assert len(trained) >= 12
+    # Corners only: every depth and width is still there, as often as a law needs.
+    assert {size.depth for size in trained} == set(grid.depths)
+    assert {size.width for size in trained} == set(grid.widths)
+
+
+# Config
+
+
+def test_every_problem_of_a_config_is_said() -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_study(
+            "grid.depths=[]",
+            "grid.widths=[64,64]",
+            "grid.further_widths=[64]",
+            "grid.max_parameters=10",
+            "grid.min_parameters=20",
+            "budgets_ms=[]",
+            "seeds=[1,1]",
+            "+proxy.warm_start=true",
+        )
+    assert set(error.value.problems) == {
+        "grid.depths: must not be empty",
+        "grid.widths: each must be given once, got [64, 64]",
+        "grid.further_widths: 64 is among widths",
+        "grid.max_parameters: must be >= min_parameters 20, got 10",
+        "budgets_ms: must not be empty",
+        "seeds: must differ, got [1, 1]",
+        "proxy: warm_start must be false: nothing has a parent here, got true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("grid.widths=[64,100]", "grid.widths: 100: "),
+        ("grid.further_widths=[100]", "grid.further_widths: 100: "),
+        ("grid.pattern=AC", "grid.pattern: block 'C' is not among blocks (A)"),
+        ("grid.depths=[0]", "grid.depths[0]: must be greater than 0, got 0"),
+        ("grid.blocks.A.operators=[atention]", "grid.blocks.A.operators.0: operator 'atention'"),
+        ("grid.depth=[1]", "grid.depth: unknown field; did you mean 'depths'?"),
+        ("grid=lama", "grid: no option 'lama'; did you mean 'llama'?"),
+        ("budgets_ms=[0]", "budgets_ms[0]: must be greater than 0, got 0"),
+    ],
+)
+def test_a_problem_names_its_field(override, problem) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_study(override)
+    (line,) = error.value.problems
+    assert line.startswith(problem)
+
+
+def test_a_grid_that_the_limits_leave_empty_is_refused() -> None:
+    grid = compose_study("grid.max_parameters=10").grid
+    with pytest.raises(ConfigError, match=r"no model .* max_parameters 10: they have \d"):
+        grid.sizes(VOCAB_SIZE)
+
+
+def test_only_a_constant_rate_gives_several_budgets_from_one_training() -> None:
+    several = "proxy.rung_tokens=[8192,16384]"
+    assert compose_study(several).budgets_of_trainings == [(8192,), (16384,)]
+    constant = compose_study(several, "proxy.optimizer.schedule=constant")
+    assert constant.budgets_of_trainings == [(8192, 16384)]
+
+
+def test_another_study_in_the_same_folder_is_refused_with_what_differs(tmp_path) -> None:
+    CellStore(tmp_path, "first", compose_study().identity())
+    # More seeds, sizes and budgets go on with it.
+    more = compose_study("seeds=[0,5]", "grid.depths=[1]", "budgets_ms=[3]", "grid.widths=[32]")
+    CellStore(tmp_path, "first", more.identity())
+    with pytest.raises(ConfigError) as error:
+        CellStore(tmp_path, "first", compose_study("grid=hybrid").identity())
+    lines = {line.partition(":")[0]: line for line in error.value.problems}
+    assert "the study 'first' was made with 'A', now it is 'AB'" in lines["grid.pattern"]
+    assert set(lines) == {"grid.pattern", "grid.meta_tokens", *(k for k in lines if "blocks" in k)}
+
+
+# Choices
+
+LAW = Law(offset=60.0, coefficients=(40.0, 4000.0), exponents=(0.9, 1.0))
+
+
+def row(depth: int, width: int, **changes: Any) -> dict[str, Any]:
+    """A size on a device on which depth costs and width hardly does."""
+    perplexity = float(LAW.perplexity(pd.Series([depth, width]).to_numpy(float)))
+    return {
+        "depth": depth,
+        "width": width,
+        "parameters": depth * width**2,
+        "digest": f"{depth}-{width}",
+        "latency_ms": depth * (2 + width / 128),
+        "has_converged": True,
+        "perplexity": perplexity,
+        "perplexity_low": None,
+        "perplexity_high": None,
+        **changes,
+    }
+
+
+def trainings_of(rows: list[dict[str, Any]], error: float = 0.0) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"size": place, "depth": row["depth"], "width": row["width"], "seed": seed},
+            **{"tokens": 1000, "loss": math.log(row["perplexity"]) + error * sign * (-1) ** place},
+        }
+        for place, row in enumerate(rows)
+        if row["perplexity"] is not None
+        for seed, sign in enumerate((1, -1))
+    ]
+
+
+ROWS = [row(depth, width) for depth in (2, 4, 8, 12) for width in (96, 128, 192, 256)]
+# Among them the best for 30 ms.
+UNTRAINED = [row(6, 384, perplexity=None), row(16, 512, perplexity=None)]
+
+
+def test_the_law_chooses_also_what_was_not_trained() -> None:
+    rows = [*ROWS, *UNTRAINED]
+    analysis = analyse(rows, trainings_of(rows, error=0.002))
+    assert analysis is not None
+    assert analysis.doubts == ()
+    budgets = [5.0, 12.0, 30.0, 96.0]
+    choices = choose(rows, budgets, analysis)
+    # The fastest, two blocks of width 96, takes 5.5 ms: nothing meets the first.
+    assert [choice["budget_ms"] for choice in choices] == budgets[1:]
+    for choice in choices:
+        fitting = [each for each in rows if each["latency_ms"] <= choice["budget_ms"]]
+        true = [
+            float(LAW.perplexity(pd.Series([r["depth"], r["width"]]).to_numpy(float)))
+            for r in fitting
+        ]
+        best = fitting[true.index(min(true))]
+        assert (choice["depth"], choice["width"]) == (best["depth"], best["width"])
+        assert choice["perplexity"] == pytest.approx(min(true), rel=0.01)
+        assert choice["perplexity_low"] <= choice["perplexity"] <= choice["perplexity_high"]
+        assert choice["by"] == "law"
+        assert choice["agreement"] > 0.5
+        assert choice["depth_low"] <= choice["depth"] <= choice["depth_high"]
+    assert [choice["digest"] for choice in choices[1:]] == ["6-384", "16-512"]
+    assert [choice["is_trained"] for choice in choices] == [True, False, False]
+    assert [choice["is_extrapolated"] for choice in choices] == [False, True, True]
+    assert depth_findings(choices).startswith(f"The best depth grows: {choices[0]['depth']} blocks")
+
+
+def test_where_the_law_is_not_trusted_the_best_that_was_trained_is_chosen() -> None:
+    rows = [row(2, 128), row(4, 128), row(8, 128, perplexity=200.0), *UNTRAINED]
+    analysis = analyse(rows, trainings_of(rows))
+    assert analysis is not None
+    assert analysis.law is None
+    assert not analysis.is_trusted
+    choices = choose(rows, [5.9, 6.0, 12.0, 500.0], analysis)
+    assert [(choice["budget_ms"], choice["depth"]) for choice in choices] == [
+        *((6.0, 2), (12.0, 4), (500.0, 4))
+    ]
+    assert all(choice["by"] == "trainings" for choice in choices)
+    assert analyse(rows, []) is None
+    assert choose([], [10.0], None) == []
+
+
+def test_budgets_lie_between_the_fastest_and_the_slowest_that_was_trained() -> None:
+    budgets = default_budgets_ms([*ROWS, *UNTRAINED])
+    latencies = [each["latency_ms"] for each in ROWS]
+    assert len(budgets) == 6
+    assert budgets == sorted(budgets)
+    assert min(latencies) <= budgets[0] < 1.1 * min(latencies)
+    assert max(latencies) <= budgets[-1] < 1.1 * max(latencies)
+    assert all(float(f"{budget:.2g}") == budget for budget in budgets)
+    assert default_budgets_ms([ROWS[0]]) == [5.5]
+    assert default_budgets_ms(UNTRAINED) == []
+
+
+# Whole studies
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    """A folder with the experiment `tiny`: a small text, small models, few tokens."""
+    folder = tmp_path_factory.mktemp("experiment")
+    values = {
+        **{key: value for key, value in SETTINGS.items() if key != "accuracy_items"},
+        "data": small_text(folder),
+        "grid": {
+            "blocks": {"A": {"operators": ["attention(head_dim=16)", "ffn"]}},
+            **{"depths": [1, 2], "widths": [32, 64], "further_depths": [3], "further_widths": []},
+        },
+        "seeds": [0],
+    }
+    (folder / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /data: text\n" + yaml.safe_dump(values)
+    (folder / "experiment" / "tiny.yaml").write_text(text)
+    return folder
+
+
+def start(experiment: Path, folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-u", "-m", "search.depth_width", "--config-dir", str(experiment)]
+    return subprocess.Popen(
+        [*command, "experiment=tiny", f"hydra.run.dir={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def cells(folder: Path) -> dict[str, int]:
+    """When each cell was written, by name."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+
+
+def read_until(process: subprocess.Popen, is_it) -> str:
+    """What the program says up to a line."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if is_it(line):
+            break
+    return "".join(said)
+
+
+def test_a_killed_study_goes_on_and_loses_and_doubles_nothing(experiment, tmp_path) -> None:
+    process = start(experiment, tmp_path)
+    said = read_until(process, lambda line: line.startswith("1/") and "seed 0" in line)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.read()
+    process.wait(timeout=60)
+    before = cells(tmp_path)
+    num_trained = sum(name.startswith("training") for name in before)
+    # Latencies came first, of all six sizes.
+    assert sum(name.startswith("measurement") for name in before) == 6, said
+    assert 1 <= num_trained < 4, said
+
+    process = start(experiment, tmp_path)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    after = cells(tmp_path)
+    assert {name: after[name] for name in before} == before
+    found = json.loads((tmp_path / "depth_width.json").read_text())
+    rows = found["rows"]
+    sizes = [(row["depth"], row["width"], row["is_trained"]) for row in rows]
+    assert sizes == [(depth, width, depth < 3) for depth in (1, 2, 3) for width in (32, 64)]
+    trained = [row for row in rows if row["is_trained"]]
+    names = {f"training-{row['digest']}-0.json" for row in trained}
+    assert {name for name in after if name.startswith("training")} == names
+    for each in rows:
+        architecture = Architecture.parse(each["architecture"])
+        assert each["error"] is None
+        assert each["parameters"] == architecture.parameters()
+        assert each["latency_low_ms"] <= each["latency_ms"] <= each["latency_high_ms"]
+        assert each["predicted_perplexity"] is None
+    for each in trained:
+        assert each["perplexity"] == pytest.approx(math.exp(each["losses"][0]))
+    assert not any(row["perplexity"] for row in rows if not row["is_trained"])
+
+    assert "the law is not to be trusted" in output
+    assert "too few points for 5 constants: 4" in output
+    assert "α" not in output
+    assert found["law"]["constants"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert "too few points for 5 constants: 4" in page
+    assert "<script src=" not in page
+    table = pd.read_parquet(tmp_path / "depth_width.parquet")
+    assert table["latency_ms"].tolist() == [row["latency_ms"] for row in rows]
+    assert pd.read_csv(tmp_path / "depth_width.csv")["depth"].tolist() == table["depth"].tolist()
+    # All that was said can be found again in what was written.
+    again = Findings(rows, found["trainings"], found["budgets_ms"]).summary()
+    assert json.loads(json.dumps(again)) == {key: found[key] for key in again}
+
+
+def test_a_choice_can_be_trained(root, experiment, tmp_path) -> None:
+    config = compose_study("experiment=tiny", "budgets_ms=[1e6]", config_dir=experiment)
+    rows = DepthWidthStudy(config, tmp_path).run()
+    best = min((row for row in rows if row["is_trained"]), key=lambda row: row["perplexity"])
+    (path,) = (tmp_path / "frontier" / "model").glob("*.yaml")
+    assert path.stem == best["digest"]
+    first, second = path.read_text().splitlines()[:2]
+    assert first == f"# python train.py --config-dir {tmp_path}/frontier model={path.stem}"
+    assert second.startswith("# The best depth and width within 1e+06 ms, of those trained: ")
+    _, _, program, *arguments = first.split()
+    text = small_text(tmp_path)
+    done = subprocess.run(
+        [
+            *(sys.executable, str(root / program), *arguments, "data=text", "trainer=cpu_small"),
+            *(f"data.files={text['files']}", f"data.cache_dir={text['cache_dir']}"),
+            *("tokenizer.vocab_size=300", "trainer.max_steps=1", "trainer.batch_tokens=32"),
+            *("trainer.sequence_tokens=16", "trainer.validation_tokens=128"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "runs" / "train" / "result.json").read_text())
+    assert result["architecture"] == best["architecture"]
+
+
+def test_one_point_alone_is_a_study(experiment, tmp_path) -> None:
+    only = ("grid.depths=[1]", "grid.widths=[32]", "grid.further_depths=[]")
+    config = compose_study("experiment=tiny", *only, config_dir=experiment)
+    (row,) = DepthWidthStudy(config, tmp_path).run()
+    found = json.loads((tmp_path / "depth_width.json").read_text())
+    (choice,) = found["choices"]
+    assert choice["digest"] == row["digest"]
+    assert found["law"]["doubts"][0] == "too few points for 5 constants: 1, where 10 would do"
+    assert "too few budgets" in found["finding"]
+
+
+def test_several_budgets_of_tokens_are_the_n_of_the_law(experiment, tmp_path) -> None:
+    """Of a constant rate in one training; it was the same at its first budget as if it ended."""
+    few = (
+        *("grid.depths=[1]", "grid.widths=[32]", "grid.further_depths=[]"),
+        "proxy.optimizer.warmup_steps=1",
+    )
+    budgets = "proxy.rung_tokens=[160,320]"
+    constant = "proxy.optimizer.schedule=constant"
+    found = {}
+    for name, overrides in (
+        ("both", (budgets, constant)),
+        ("short", ("proxy.rung_tokens=[160]", constant)),
+        ("falling", (budgets,)),
+    ):
+        config = compose_study("experiment=tiny", *few, *overrides, config_dir=experiment)
+        DepthWidthStudy(config, tmp_path / name).run()
+        stored = json.loads((tmp_path / name / "depth_width.json").read_text())
+        found[name] = {each["tokens"]: each["loss"] for each in stored["trainings"]}
+        num_cells = sum(cell.startswith("training") for cell in cells(tmp_path / name))
+        assert num_cells == (2 if name == "falling" else 1)
+        (row,) = stored["rows"]
+        assert row["perplexity"] == pytest.approx(math.exp(found[name][max(found[name])]))
+    assert found["short"] == {160: found["both"][160]}
+    assert list(found["falling"]) == [160, 320]
+    assert found["falling"][320] != found["both"][320]
+
+
+class CrashingEvaluator(CellEvaluator):
+    """Loses its process whenever it trains two blocks, and cannot measure three."""
+
+    def measure(self, text, reference_ms, report):
+        if text.count("ffn") == 3:
+            raise ValueError("no such luck")
+        return super().measure(text, reference_ms, report)
+
+    def train(self, text, seed, budgets, report):
+        if text.count("ffn") == 2:
+            os._exit(9)
+        return super().train(text, seed, budgets, report)
+
+
+class CrashingStudy(DepthWidthStudy):
+    """Evaluates with the above."""
+
+    def _evaluator(self) -> CrashingEvaluator:
+        return CrashingEvaluator(**vars(super()._evaluator()))
+
+
+def test_a_crash_costs_one_cell(experiment, tmp_path) -> None:
+    config = compose_study("experiment=tiny", config_dir=experiment)
+    rows = CrashingStudy(config, tmp_path).run()
+    errors = {
+        1: None,
+        2: "seed 0: the worker process exited with code 9",
+        3: "not measured: ValueError: no such luck",
+    }
+    assert all(row["error"] == errors[row["depth"]] for row in rows)
+    assert all((row["perplexity"] is not None) == (row["depth"] == 1) for row in rows)
+    # Where nothing failed the next time, what had failed stands until its file is deleted.
+    assert DepthWidthStudy(config, tmp_path).run() == rows
+    for path in (tmp_path / "cells").glob("*.json"):
+        if "error" in json.loads(path.read_text()):
+            path.unlink()
+    rows = DepthWidthStudy(config, tmp_path).run()
+    assert all(row["error"] is None for row in rows)
+
+
+def test_an_interrupt_ends_all_workers_without_a_traceback(experiment, tmp_path) -> None:
+    """As Ctrl-C on a terminal, which reaches every process; what is known is published."""
+    long = ("proxy.rung_tokens=[10000000]", "processes=2", "seeds=[0,1]")
+    process = start(experiment, tmp_path, *long)
+    said = read_until(process, lambda line: "trainings, 0 of them done" in line)
+    time.sleep(1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said + rest
+    assert "interrupted; the same command goes on from here" in rest
+    assert "8 of 8 trainings are missing; the same command makes them" in rest
+    assert "nothing is trained yet" in rest
+    assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert (tmp_path / "report.html").exists()
+    assert not any(name.startswith("training") for name in cells(tmp_path))
+
+
+def test_a_damaged_cell_is_named(experiment, tmp_path) -> None:
+    few = ("grid.depths=[1]", "grid.widths=[32]", "grid.further_depths=[]")
+    config = compose_study("experiment=tiny", *few, config_dir=experiment)
+    (row,) = DepthWidthStudy(config, tmp_path).run()
+    path = tmp_path / "cells" / f"measurement-{row['digest']}.json"
+    path.write_text(path.read_text()[:20])
+    process = start(experiment, tmp_path, *few)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert f"error: {path}: not valid JSON" in output
+
+
+def test_a_bad_command_line_writes_nothing(experiment, tmp_path) -> None:
+    folder = tmp_path / "run"
+    process = start(experiment, folder, "seeds=[-1]", "grid.widths=[40]")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert "error: seeds[0]: " in output
+    assert "error: grid.widths: 40: " in output
+    assert not folder.exists()
