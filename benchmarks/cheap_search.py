@@ -72,6 +72,8 @@ class CheapSearcher(Searcher):
                 **self.run_job("measure", str(reference), self.config.workload, 1.0),
             },
             "table": "",
+            "device": self.device.describe(),
+            "machine": {},
             "started_at": "",
             "vocab_size": VOCAB_SIZE,
             "train_tokens": 10**6,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the search of the command line; see `configs/search.yaml`."""
-    from search.config import read_config
+    from search.config import read_config, slurm_launcher
     from slm.config import entry_point
 
     def search(config: DictConfig) -> None:
@@ -20,11 +20,16 @@ def main() -> None:
         from hydra.core.hydra_config import HydraConfig
 
         from search.run import Search
+        from search.slurm_search import SlurmSearch
 
         # A scheduler's way to say stop ends the search as Ctrl-C does: in order.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         folder = Path(HydraConfig.get().runtime.output_dir)
-        Search(read_config(config), folder).run()
+        settings, launcher = read_config(config), slurm_launcher()
+        if launcher is None:
+            Search(settings, folder).run()
+        else:
+            SlurmSearch(settings, folder, launcher).run()
 
     entry_point("search", check=read_config)(search)()
 

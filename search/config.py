@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from latency.timer import Protocol
@@ -18,6 +21,7 @@ from search.proxy import ProxyConfig
 from search.space import SpaceConfig
 from search.storage import StorageConfig
 from search.target import LatencyLimit
+from slm import slurm
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
 from slm.plugins import plugin_digests
@@ -92,9 +96,13 @@ class SearchConfig(RuntimeConfig):
             problems.append(
                 f"workers: sqlite storage is for one, got {self.workers}; take storage=journal"
             )
+        if self.proxy.batch_size % self.devices_per_candidate:
+            problems.append(
+                f"devices_per_candidate: must divide proxy.batch_size {self.proxy.batch_size}, "
+                f"got {self.devices_per_candidate}"
+            )
         if self.logger.name == "tensorboard":
             problems.append("logger.name: must be 'csv' or 'wandb' in a search, got 'tensorboard'")
-        problems += self._problems_of_devices()
         if self.protocol.compile_unit == "step":
             problems.append(
                 "protocol.compile_unit: must be 'operator', which candidates share, or 'eager', "
@@ -103,24 +111,19 @@ class SearchConfig(RuntimeConfig):
         if problems:
             raise ConfigError(problems)
 
-    def _problems_of_devices(self) -> list[str]:
+    def device_problems(self) -> list[str]:
+        """What the GPUs that this process may use are too few for."""
         count = self.devices_per_candidate
         if count == 1:
             return []
-        found = []
-        if self.proxy.batch_size % count:
-            found.append(
-                f"devices_per_candidate: must divide proxy.batch_size {self.proxy.batch_size}, "
-                f"got {count}"
-            )
         num_visible = len(device_names())
         # Unlike workers of one GPU each, ranks cannot share a GPU. A CPU all can share.
         if 0 < num_visible < self.workers * count:
-            found.append(
+            return [
                 f"devices_per_candidate: {self.workers} workers with {count} GPUs each need "
                 f"{self.workers * count}, {num_visible} are visible"
-            )
-        return found
+            ]
+        return []
 
     @property
     def threads_to_train(self) -> int | None:
@@ -147,7 +150,51 @@ class SearchConfig(RuntimeConfig):
 
 def read_config(config: DictConfig) -> SearchConfig:
     """Build and check a composed config; raises ConfigError with every problem."""
-    return read(SearchConfig, config)
+    result = read(SearchConfig, config)
+    launcher = slurm_launcher()
+    problems = result.device_problems() if launcher is None else _slurm_problems(result, launcher)
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def slurm_launcher() -> dict[str, Any] | None:
+    """Options of Slurm's launcher if the command that is being run names it, for its workers.
+
+    A job of a multirun is a search of its own, in one place. Raises ConfigError if the command
+    names a launcher that cannot launch workers.
+    """
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    name = hydra.runtime.choices.get("hydra/launcher")
+    if hydra.mode == RunMode.MULTIRUN or name in (None, "basic"):
+        return None
+    if not slurm.is_chosen(hydra):
+        raise ConfigError([f"hydra/launcher: workers are launched by 'slurm', got '{name}'"])
+    launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True)
+    return dict(launcher)
+
+
+def _slurm_problems(config: SearchConfig, launcher: Mapping[str, Any]) -> list[str]:
+    """What jobs with the launcher's options could not do."""
+    found = slurm.problems()
+    if config.storage.kind != "postgresql":
+        found.append(
+            f"storage.kind: Slurm's jobs may run on several machines, for which "
+            f"{config.storage.kind} is not made; take storage=postgresql (docs/postgresql.md), or "
+            f"start the search with all its workers within one job (docs/slurm.md)"
+        )
+    gpus = launcher["gpus_per_node"]
+    if gpus is not None and gpus != config.devices_per_candidate:
+        found.append(
+            f"hydra.launcher.gpus_per_node: must be devices_per_candidate="
+            f"{config.devices_per_candidate}, or null where there are no GPUs, got {gpus}"
+        )
+    for name in ("nodes", "tasks_per_node"):
+        if launcher[name] != 1:
+            found.append(f"hydra.launcher.{name}: a worker needs 1, got {launcher[name]}")
+    return found
 
 
 def plain(config: Any) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import sqlalchemy
@@ -30,6 +31,8 @@ SECONDS_BETWEEN_ATTEMPTS = 0.5
 FROZEN_SECONDS = 10.0
 # Times that one operation is tried whose connection breaks.
 MAX_ATTEMPTS = 5
+# Of a study; the number is ours alone.
+TURN_LOCK = 0x736C6D
 # Whoever creates the tables holds this lock of the database; the number is ours alone.
 CREATION_LOCK = 0x736C6D2D66
 
@@ -90,6 +93,7 @@ class PostgreSQLStorage(RelationalStorage):
     set_study_system_attr = _retried(RelationalStorage.set_study_system_attr)
     get_study_user_attrs = _retried(RelationalStorage.get_study_user_attrs)
     set_study_user_attr = _retried(RelationalStorage.set_study_user_attr)
+    settle_study_user_attr = _retried(RelationalStorage.settle_study_user_attr)
     set_trial_user_attr = _retried(RelationalStorage.set_trial_user_attr)
     set_trial_system_attr = _retried(RelationalStorage.set_trial_system_attr)
     set_trial_state_values = _retried(RelationalStorage.set_trial_state_values)
@@ -101,6 +105,8 @@ class PostgreSQLStorage(RelationalStorage):
         self._patience_seconds = 0.0
         options = {
             "pool_pre_ping": True,
+            # Of the connections that a server has, each process keeps one.
+            "pool_size": 1,
             "connect_args": {
                 key: value
                 for key, value in _connection_options().items()
@@ -109,7 +115,10 @@ class PostgreSQLStorage(RelationalStorage):
         }
         try:
             engine = sqlalchemy.create_engine(
-                address, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, **options
+                address,
+                isolation_level="AUTOCOMMIT",
+                poolclass=sqlalchemy.NullPool,
+                connect_args=options["connect_args"],
             )
             with engine.connect() as connection:
                 # Of several processes that find no tables one creates them, and the others wait.
@@ -135,6 +144,32 @@ class PostgreSQLStorage(RelationalStorage):
         """Seconds since a heartbeat; while the server was away, none could be recorded."""
         now, start = self._clocks()
         return now - max(heartbeat, start)
+
+    @contextmanager
+    def turn(self, study_id: int) -> Iterator[None]:
+        """Within the block no other process has its turn, unless this one is silent for too long.
+
+        They come in order. Who waits does so in its one connection.
+        """
+        connection = self._wait_for_turn(study_id)
+        try:
+            yield
+        finally:
+            # The lock goes with the transaction; if that has been ended, nothing depends on it.
+            with suppress(DBAPIError):
+                connection.commit()
+            connection.close()
+
+    @_retried
+    def _wait_for_turn(self, study_id: int) -> sqlalchemy.Connection:
+        connection = self.engine.connect()
+        try:
+            query = f"SELECT pg_advisory_xact_lock({TURN_LOCK}, {study_id})"
+            connection.execute(sqlalchemy.text(query))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     @_retried
     def _clocks(self) -> tuple[float, float]:

@@ -14,14 +14,12 @@ import io
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from latency.device import Device
 from search.audit import audit_summary, noise_of
 from search.config import SearchConfig, plain
 from search.model_yaml import write_models
@@ -36,7 +34,7 @@ from search.results import (
 from search.space import SearchSpace
 from search.standings import Standings
 from search.study import Study, flatten
-from slm.training.files import write_atomically
+from slm.training.files import temporary_path, write_atomically
 
 PACKAGES = ("torch", "optuna", "moocore", "slm-frontier")
 # What `frontier.json` repeats of `search.json`, so that it can be read alone.
@@ -50,13 +48,18 @@ class RunFolder:
     """Writes the files of a search."""
 
     def __init__(
-        self, folder: Path, config: SearchConfig, space: SearchSpace, device: Device, study: Study
+        self,
+        folder: Path,
+        config: SearchConfig,
+        space: SearchSpace,
+        study: Study,
+        command: Sequence[str],
     ) -> None:
         self.folder = folder
         self.config = config
         self.space = space
-        self.device = device
         self.study = study
+        self.command = command
         self.standings = Standings(
             study, space, config.workload.max_tokens, config.evolution.quality
         )
@@ -124,7 +127,7 @@ class RunFolder:
             "started_at": setup["started_at"],
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
-            "command": ["python", "-m", "search", *sys.argv[1:]],
+            "command": ["python", "-m", "search", *self.command],
             "num_candidates": self.config.num_candidates,
             "quality": self.config.evolution.quality,
             **{key: setup[key] for key in ("target_ms", "target_source", "reference")},
@@ -133,18 +136,13 @@ class RunFolder:
             },
             "table": {"path": setup["table"], "error": table_summary(rows)},
             **{key: config[key] for key in ("workload", "space", "evolution", "proxy")},
-            "device": self.device.describe(),
-            "device_key": self.device.key,
+            **{key: setup[key] for key in ("device", "machine")},
+            "device_key": setup["device"]["key"],
             "legend": {short: text for text, short in self.space.legend.items()},
             "data": {**config["data"], **{key: setup[key] for key in sizes}},
             "versions": {
                 "python": platform.python_version(),
                 **{package: metadata.version(package) for package in PACKAGES},
-            },
-            "machine": {
-                "hostname": platform.node(),
-                "platform": platform.platform(),
-                "cpu_count": os.cpu_count(),
             },
         }
 
@@ -165,7 +163,7 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
         }
         for row in rows
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     pd.DataFrame(flat).to_parquet(temporary, index=False)
     os.replace(temporary, path)
 

@@ -6,6 +6,8 @@ have to agree on is in the study.
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,6 +22,7 @@ from search.devices import visible_devices
 from search.evaluate import Evaluator
 from search.evolution import next_step
 from search.history import Promotion
+from search.machines import refuse_second_machine
 from search.progress import WAITING
 from search.space import SearchSpace
 from search.study import Claim, StaleTrialError, Study
@@ -77,6 +80,7 @@ class Searcher:
             self.space,
             config.evolution.objectives,
         )
+        refuse_second_machine(self.study, config.storage)
         # What has to be closed at the end.
         self.resources = ExitStack()
 
@@ -196,6 +200,12 @@ class Searcher:
             },
             "limits": limits,
             "table": str(table_path),
+            "device": self.device.describe(),
+            "machine": {
+                "hostname": platform.node(),
+                "platform": platform.platform(),
+                "cpu_count": os.cpu_count(),
+            },
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "vocab_size": self.corpus.vocab_size,
             "train_tokens": len(self.corpus.train),
@@ -235,35 +245,46 @@ class Searcher:
         None when the search is over; while others are at work it is not, since they may lose what
         they work on, or make something worth training further.
         """
+        # Changes of the study that are known to have left nothing to do.
+        num_changes = -1
         while True:
             self.study.reap()
-            if (claim := self.study.take_queued()) is not None:
-                return claim
-            self._check_feasibility()
-            step = next_step(
-                self.space,
-                self.config.evolution,
-                self.config.seed,
-                self.target_ms,
-                self.study.history,
-                rung_tokens=self.config.proxy.rung_tokens,
-                num_candidates=self.config.num_candidates,
-            )
-            if step is None:
+            if not self.study.num_running or len(self.study.changes) > num_changes:
+                with self.study.turn():
+                    self.study.refresh()
+                    step, claim = self._choose()
+                if claim is not None:
+                    return claim
+                if step is not None:
+                    # Another process was faster.
+                    continue
                 if not self.study.num_running:
                     if self.study.history.num_tried < self.config.num_candidates:
                         self.say("the space has no further architecture that can be reached")
                     return None
-                self.live(WAITING)
-                time.sleep(IDLE_SECONDS)
-                continue
-            if isinstance(step, Promotion):
-                claim = self.study.promote(step)
-            else:
-                claim = self.study.propose(step)
-            # Otherwise another process was faster.
-            if claim is not None:
-                return claim
+                num_changes = len(self.study.changes)
+            self.live(WAITING)
+            time.sleep(IDLE_SECONDS)
+
+    def _choose(self) -> tuple[object, Claim | None]:
+        """What comes next, None if nothing does, and the claim of it, None if that failed."""
+        if (claim := self.study.take_queued()) is not None:
+            return claim, claim
+        self._check_feasibility()
+        step = next_step(
+            self.space,
+            self.config.evolution,
+            self.config.seed,
+            self.target_ms,
+            self.study.history,
+            rung_tokens=self.config.proxy.rung_tokens,
+            num_candidates=self.config.num_candidates,
+        )
+        if step is None:
+            return None, None
+        if isinstance(step, Promotion):
+            return step, self.study.promote(step)
+        return step, self.study.propose(step)
 
     def _check_feasibility(self) -> None:
         """Give up if for long nothing has met the targets."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union, runtime_checkable
 
 import optuna
 
 from slm.config import ConfigError, schema
+
+if TYPE_CHECKING:
+    from search.journal import StudyJournal
+    from search.relational import RelationalStorage
+
+StudyStorage: TypeAlias = Union["RelationalStorage", "StudyJournal"]
 
 MIN_LEASE_SECONDS = 1.0
 
@@ -45,13 +51,14 @@ class StorageConfig:
         if problems:
             raise ConfigError(problems)
 
-    def open(self, run_folder: Path) -> optuna.storages.BaseStorage:
+    def open(self, run_folder: Path) -> StudyStorage:
         """Connect. Raises ConfigError if there is no server, or no driver for it."""
         if self.kind == "journal":
             from optuna.storages.journal import JournalFileBackend
 
-            backend = JournalFileBackend(str(run_folder / "journal.log"))
-            return optuna.storages.JournalStorage(backend)
+            from search.journal import StudyJournal
+
+            return StudyJournal(JournalFileBackend(str(run_folder / "journal.log")))
         if self.kind == "sqlite":
             from search.relational import RelationalStorage
 

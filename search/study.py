@@ -18,51 +18,38 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from search.claim import CLAIM, PROPOSAL, Claim, StaleTrialError
 from search.genotype import Genotype
 from search.history import Candidate, History, Objective, Promotion, Proposal, State
 from search.owner import Owner
 from search.rungs import MAX_RUNGS
 from search.space import SearchSpace
-from search.storage import Clock, StorageConfig, clock_of
+from search.storage import Clock, StorageConfig, StudyStorage, clock_of
 from slm.config import ConfigError
 
 # A candidate whose owners died so often on one rung is taken to kill them.
 MAX_ATTEMPTS = 3
-# A lease is renewed when so much of it is over.
-RENEWAL_SHARE = 0.25
-# Where Optuna's dashboard, too, looks for constraints: above zero they are missed.
-CONSTRAINTS = "constraints"
 # Of the parameter of that name.
 RUNGS = optuna.distributions.IntDistribution(0, MAX_RUNGS - 1)
-# Attributes of a trial: its candidate's proposal; rung, owner and when the owner was last heard of.
-# Few, since storage takes its time for each.
-PROPOSAL = "proposal"
-CLAIM = "claim"
 STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "scored",
     TrialState.PRUNED: "infeasible",
     TrialState.FAIL: "failed",
 }
-
-
-class StaleTrialError(RuntimeError):
-    """The trial was taken away from its owner, who has been taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +100,19 @@ class Study:
         study: optuna.Study,
         lease_seconds: float,
         space: SearchSpace,
-        clock: Clock,
+        storage: StudyStorage,
     ) -> None:
         self.name = study.study_name
         self.owner = Owner.current()
         self.lease_seconds = lease_seconds
-        self.clock = clock
+        self.clock: Clock = clock_of(storage)
         self.records: list[Record] = []
         self.changes: list[int] = []
         self.history = History()
         self._study = study
+        # Optuna keeps a copy of what it has read from a database before it.
         self._storage = study._storage
+        self._stored = storage
         self._space = space
         most = max(space.config.max_operators, *space.config.meta_tokens)
         self._distribution = optuna.distributions.IntDistribution(0, most)
@@ -143,11 +132,13 @@ class Study:
         identity: Mapping[str, Any],
         space: SearchSpace,
         objectives: Sequence[Objective],
+        works: bool = True,
     ) -> Study:
         """Create the study, or go on with it.
 
-        identity: what must be the same for its scores to be comparable. Raises ConfigError, saying
-        what differs, if the study was made with another one.
+        identity: what must be the same for its scores to be comparable. works: False for who only
+        looks on, on another device, and so does not know all of the identity. Raises ConfigError,
+        saying what differs, if the study was made with another one.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = config.open(run_folder)
@@ -164,13 +155,16 @@ class Study:
                 # Experimental, and for people only.
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(objectives))
-        result = cls(study, config.lease_seconds, space, clock_of(storage))
-        stored = flatten(result.settle("identity", identity))
+        result = cls(study, config.lease_seconds, space, storage)
+        if works:
+            stored = flatten(result.settle("identity", identity))
+        else:
+            stored = flatten(result.fact("identity") or identity)
         wanted = flatten(identity)
         problems = [
             f"{key}: the search '{name}' was made with {stored.get(key)!r}, now it is "
             f"{wanted.get(key)!r}; choose another name, or the old value"
-            for key in stored | wanted
+            for key in (stored | wanted if works else wanted)
             if stored.get(key) != wanted.get(key)
         ]
         if problems:
@@ -182,10 +176,11 @@ class Study:
     # Facts of the study as a whole
 
     def settle(self, key: str, value: Any) -> Any:
-        """Store a fact of the study unless it is known; the fact as stored."""
-        if key not in self._study.user_attrs:
-            self._study.set_user_attr(key, value)
-        return self._study.user_attrs[key]
+        """Store a fact of the study unless it is known; the fact as stored.
+
+        Of several processes that do so at once one is the first, and all get its fact.
+        """
+        return self._stored.settle_study_user_attr(self._study._study_id, key, value)
 
     def fact(self, key: str) -> Any:
         """A fact that `settle` stored, or None."""
@@ -234,6 +229,14 @@ class Study:
             self.changes.append(number)
             self.history.put(record.candidate)
 
+    def turn(self) -> AbstractContextManager[None]:
+        """A block in which to choose what to claim, for one process at a time.
+
+        Many that chose at once would choose the same, and all but one would have to undo it. Who
+        chooses out of turn does no harm.
+        """
+        return self._stored.turn(self._study._study_id)
+
     def propose(self, proposal: Proposal) -> Claim | None:
         """Add a candidate and claim it; None if another process added one of that number first."""
         return self._claim(proposal, rung=0)
@@ -271,6 +274,16 @@ class Study:
         if count:
             self.refresh()
         return count
+
+    def foreign_leases(self) -> dict[int, tuple[str, float]]:
+        """Trials whose leases are held on other machines: on which, and its last heartbeat."""
+        claims = {number: _claim(trial) for number, trial in self._open.items()}
+        return {
+            number: (claim["owner"]["host"], claim["heartbeat"])
+            for number, claim in claims.items()
+            if claim["owner"]["host"] != self.owner.host
+            and self.clock.silence(claim["heartbeat"]) <= self.lease_seconds
+        }
 
     @property
     def num_running(self) -> int:
@@ -317,99 +330,6 @@ class Study:
         if len(self._space.config.meta_tokens) > 1:
             parameters["meta_tokens"] = genotype.meta_tokens
         return parameters
-
-
-class Claim:
-    """A trial of ours. As a context it is released if the block ends without a result."""
-
-    def __init__(
-        self, study: Study, trial_id: int, proposal: Proposal, claim: dict[str, Any]
-    ) -> None:
-        self.proposal = proposal
-        self.rung: int = claim["rung"]
-        self._claim = claim
-        self._storage = study._storage
-        self._clock = study.clock
-        self._trial_id = trial_id
-        self._is_open = True
-        self._renewal_seconds = RENEWAL_SHARE * study.lease_seconds
-        self._last_beat = time.monotonic()
-
-    @property
-    def name(self) -> str:
-        """Tells its files apart from those of any other claim of the study."""
-        return f"{self.proposal.number}-{self.rung}-{self._trial_id}"
-
-    def beat(self) -> None:
-        """Renew the lease if it is time. Raises StaleTrialError if the trial is no longer ours."""
-        if time.monotonic() - self._last_beat > self._renewal_seconds:
-            self._last_beat = time.monotonic()
-            self._note(CLAIM, {**self._claim, "heartbeat": self._clock.now()})
-
-    def complete(
-        self,
-        values: Sequence[float],
-        result: Mapping[str, Any],
-        excess_ms: Sequence[float],
-    ) -> None:
-        """Record the objectives, what else is known, and the latency beyond each target.
-
-        excess_ms: beyond the search's own target first, then beyond each limit.
-        """
-        self._note("result", json.dumps(result))
-        self._write(self._storage.set_trial_system_attr, CONSTRAINTS, list(excess_ms))
-        self._finish(TrialState.COMPLETE, values)
-
-    def fail(self, error: str, result: Mapping[str, Any]) -> None:
-        """Record that the candidate cannot be scored, and what else is known."""
-        self._note("result", json.dumps(result))
-        self._note("error", error)
-        self._finish(TrialState.FAIL)
-
-    def reject(self, reason: str, result: Mapping[str, Any]) -> None:
-        """Record that no width of the candidate meets every target, and what else is known."""
-        self._note("result", json.dumps(result))
-        self._note("error", reason)
-        self._finish(TrialState.PRUNED)
-
-    def release(self, reason: str) -> None:
-        """Give the candidate up, so that it is queued again."""
-        self._note("released", reason)
-        self._finish(TrialState.FAIL)
-
-    def drop(self) -> None:
-        """Undo the creation of the trial."""
-        self._note("dropped", True)
-        self._finish(TrialState.FAIL)
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._is_open and kind is not StaleTrialError:
-            with suppress(StaleTrialError):
-                self.release(f"interrupted by {kind.__name__}" if kind else "left without a result")
-
-    def _note(self, key: str, value: Any) -> None:
-        self._write(self._storage.set_trial_user_attr, key, value)
-
-    def _finish(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        self._write(self._storage.set_trial_state_values, state, values)
-        self._is_open = False
-
-    def _write(self, write: Any, *arguments: Any) -> None:
-        try:
-            write(self._trial_id, *arguments)
-        except UpdateFinishedTrialError:
-            self._is_open = False
-            raise StaleTrialError(
-                f"candidate {self.proposal.number} was given to another process"
-            ) from None
 
 
 def _record(trials: Sequence[FrozenTrial]) -> Record:

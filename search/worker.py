@@ -21,6 +21,9 @@ POLL_SECONDS = 0.2
 SECONDS_BETWEEN_REPORTS = 0.2
 # For a process to end by itself, once there is nothing more for it to do.
 PATIENCE_SECONDS = 5.0
+# By which schedulers end jobs, and time for such a signal to reach this process as well.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNAL_SECONDS = 1.0
 
 # Receives what a job reports about its progress.
 Report = Callable[[dict[str, Any]], None]
@@ -123,6 +126,10 @@ class Worker:
     def _cause_of_death(self) -> str:
         assert self._process is not None
         self._process.join()
+        if -(self._process.exitcode or 0) in STOPPING:
+            # No candidate does that. A scheduler's signal reaches every process of a job: what it
+            # means for the search is decided by its own handler, here.
+            time.sleep(SIGNAL_SECONDS)
         return f"the worker process {how_it_ended(self._process.exitcode or 0)}"
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -200,7 +201,8 @@ def _compile(
 
     varying = torch.export.Dim.DYNAMIC(min=2)
     shapes: list[Any] = [dict.fromkeys(argument.varying, varying) for argument in arguments]
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    # The compiler insists on the ending.
+    temporary = path.with_name(f"{path.stem}.{platform.node()}.{os.getpid()}.pt2")
     try:
         # Tensors made in inference mode cannot be traced, and examples need no memory.
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():

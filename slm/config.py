@@ -8,6 +8,7 @@ creates a folder, so that a mistake costs a second and leaves nothing behind.
 import dataclasses
 import difflib
 import functools
+import logging
 import re
 import sys
 import types
@@ -32,13 +33,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from slm.jobs import Job, failure_lines, leave_error
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 HYDRA_VERSION_BASE = "1.3"
 # What a shell reports for a process ended by Ctrl-C: 128 + SIGINT.
 EXIT_INTERRUPTED = 130
+# For one ended by SIGTERM, a scheduler's preemption; and by SIGUSR2, by which Slurm tells our jobs
+# that their time is nearly over.
+EXIT_PREEMPTED = 143
+EXIT_OUT_OF_TIME = 140
 EXIT_BAD_CONFIG = 2
+EXIT_JOBS_FAILED = 1
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -118,7 +128,8 @@ def entry_point(
     `check` builds the dataclasses of one composed config and raises what it finds. It is called on
     every job of the command line, those of a multirun too, before anything runs. A ConfigError
     (also one that `main` raises later) is printed as `error: ...`, one line per problem, and the
-    program ends with exit code 2; Ctrl-C ends it with 130.
+    program ends with exit code 2; Ctrl-C ends it with 130. Of a multirun all jobs are run, whatever
+    becomes of some; if any failed, it ends with 1, and says which.
     """
 
     def decorate(main: Callable[[DictConfig], T]) -> Callable[[], T | None]:
@@ -126,8 +137,8 @@ def entry_point(
         def program() -> T | None:
             try:
                 arguments = get_args_parser().parse_args()
-                _check_command_line(arguments, config_name, check)
-                return _run(main, config_name)
+                jobs = _check_command_line(arguments, config_name, check)
+                return _run(main, config_name, jobs)
             except ConfigError as error:
                 for problem in error.problems:
                     print(f"error: {problem}", file=sys.stderr)
@@ -141,41 +152,58 @@ def entry_point(
     return decorate
 
 
-def _run(main: Callable[[DictConfig], T], config_name: str) -> T | None:
-    """Run `main` under Hydra; the result of a single run, or None after a multirun."""
+def _run(main: Callable[[DictConfig], T], config_name: str, jobs: Sequence[Job]) -> T | None:
+    """Run `main` under Hydra; the result of a single run, or None after a multirun of `jobs`."""
     import hydra
 
     results: list[T] = []
     errors: list[ConfigError] = []
 
     def task(config: DictConfig) -> T | None:
+        hydra_config = HydraConfig.get()
+        is_job = hydra_config.mode == RunMode.MULTIRUN
         try:
             result = main(config)
         except ConfigError as error:
-            # Hydra would print a traceback. A job of a sweep keeps it: other jobs go on after it.
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            # Hydra would print a traceback.
+            if is_job:
+                leave_error(Path(hydra_config.runtime.output_dir), _one_line(str(error)))
+            else:
+                errors.append(error)
+            return None
+        except Exception as error:
+            if not is_job:
                 raise
-            errors.append(error)
+            # Hydra would end the sweep, of which others may be at work.
+            log.exception("job %s failed", hydra_config.job.num)
+            reason = f"{type(error).__name__}: {_one_line(str(error))}"
+            leave_error(Path(hydra_config.runtime.output_dir), reason)
             return None
         results.append(result)
         return result
 
     # Hydra names the job, and so its log file, after the task's module.
     task.__module__ = config_name
+    for job in jobs:
+        job.forget_error()
     hydra.main(
         config_path=str(CONFIG_DIR), config_name=config_name, version_base=HYDRA_VERSION_BASE
     )(task)()
     if errors:
         raise errors[0]
+    if lines := failure_lines(jobs):
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_JOBS_FAILED)
     return results[0] if len(results) == 1 else None
 
 
 def _check_command_line(
     arguments: Namespace, config_name: str, check: Callable[[DictConfig], object]
-) -> None:
-    """Compose every job and, unless the config is only to be shown, check it."""
+) -> list[Job]:
+    """Compose every job and, unless the config is only to be shown, check it; a multirun's jobs."""
     if arguments.help or arguments.hydra_help or arguments.shell_completion:
-        return
+        return []
     if arguments.experimental_rerun is not None:
         raise ConfigError(["--experimental-rerun: is refused, because it reads a pickle file"])
     if arguments.config_path is not None:
@@ -185,10 +213,14 @@ def _check_command_line(
         configs, problems = _compose_jobs(
             hydra, arguments.config_name or config_name, arguments.overrides, arguments.multirun
         )
-    if not (arguments.cfg or arguments.info):
+    is_shown = arguments.cfg or arguments.info
+    if not is_shown:
         problems += [problem for config in configs for problem in _check_problems(check, config)]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    if is_shown:
+        return []
+    return [Job.of(config) for config in configs if config.hydra.mode == RunMode.MULTIRUN]
 
 
 def _check_problems(check: Callable[[DictConfig], object], config: DictConfig) -> list[str]:
@@ -252,6 +284,7 @@ def _compose_jobs(
         if config is not None:
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
+                config.hydra.mode = RunMode.MULTIRUN
             configs.append(config)
     return configs, list(dict.fromkeys(problems))
 

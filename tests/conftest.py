@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from benchmarks.postgresql_server import PostgreSQLServer
 from slm import plugins
 from slm.operators import OPERATORS
 
@@ -76,3 +78,20 @@ def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def root() -> Path:
     """The repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgreSQLServer]:
+    """A real server, each test taking a database of its own."""
+    with PostgreSQLServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql(postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty database, which the environment completes."""
+    name = f"test_{secrets.token_hex(4)}"
+    postgresql_server.create_database(name)
+    for variable, value in postgresql_server.environment(name).items():
+        monkeypatch.setenv(variable, value)
+    return "postgresql+psycopg://"

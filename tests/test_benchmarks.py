@@ -57,6 +57,16 @@ def test_search_overhead(root: Path) -> None:
         assert results[storage]["resume_s"] > 0
 
 
+def test_many_workers(root: Path) -> None:
+    """Few, of which one is killed: nothing is lost, and the rate says nothing."""
+    sizes = ("--workers", "3", "--seconds", "1", "--candidates", "12", "--kills", "1")
+    results = run(root, "many_workers", *sizes)
+    assert set(results) == {"claims_per_s", "storage_share", "duplicates", "lost"}
+    assert (results["duplicates"], results["lost"]) == (0, 0)
+    assert 0 < results["claims_per_s"] < 3
+    assert 0 < results["storage_share"] < 1
+
+
 def test_trainer_overhead(root: Path) -> None:
     """So few steps that their times say nothing."""
     results = run(root, "trainer_overhead", "--windows", "2", "--batch", "1")

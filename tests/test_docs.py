@@ -205,14 +205,15 @@ def run_page(root: Path, page: Path, folder: Path, *added: str) -> list[tuple[st
     """Run every command of a page; programs, and what they printed."""
     found = []
     for command in page_commands(page):
-        chosen = folder / "runs" / "averages" / "frontier" / "chosen"
-        words = shlex.split(
-            command.replace("<digest>", chosen.read_text().strip() if chosen.exists() else "")
-        )
-        program = words[2] if words[1] == "-m" else words[1]
-        start = ["-m", program] if words[1] == "-m" else [str(root / program)]
-        arguments = [*words[1 + len(start) :], *TINY[program], *added]
-        done = run(root, folder, *start, *arguments)
+        words = shlex.split(command)
+        if "<digest>" in command:
+            chosen = folder / words[words.index("--config-dir") + 1] / "chosen"
+            words = [word.replace("<digest>", chosen.read_text().strip()) for word in words]
+        program = "train.py" if "train.py" in words else words[2]
+        if program == "train.py":
+            # Perhaps by torchrun.
+            words[words.index("train.py")] = str(root / "train.py")
+        done = run(root, folder, *words[1:], *TINY[program], *added)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         found.append((program, done.stdout))
     return found
@@ -412,16 +413,46 @@ def test_exports_are_what_their_page_says(root: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "slm.hub.modeling"
 
 
+def test_a_gpu_node_is_used_as_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
+    """Its devices are CPUs here, and two where the page has eight."""
+    shutil.copy(folder / "text.txt", tmp_path / "mine.txt")
+    shutil.copy(folder / "text.txt", tmp_path)
+    page = tmp_path / "gpu_node.md"
+    text = (root / "docs" / "gpu_node.md").read_text()
+    page.write_text(
+        text.replace("--nproc-per-node=8", "--nproc-per-node=2")
+        .replace("trainer.devices=8", "trainer.devices=2")
+        .replace("workers=8", "workers=2")
+    )
+    found = run_page(root, page, tmp_path)
+    assert [program for program, _ in found] == [
+        *("latency", "search", "search.report", "train.py", "slm.hub.export"),
+        *("search", "train.py", "slm.hub.export"),
+    ]
+    for searched, trained in (("mine", "winner"), ("node", "large")):
+        result = json.loads((tmp_path / "runs" / trained / "result.json").read_text())
+        chosen = tmp_path / "runs" / searched / "frontier" / "chosen"
+        assert result["digest"] == chosen.read_text().strip()
+        assert (tmp_path / "runs" / trained / "export" / "config.json").exists()
+    assert (tmp_path / "runs" / "large" / "checkpoints" / "last.ckpt").is_dir()
+
+
+def test_the_job_with_all_gpus_of_a_node_runs_a_search(root: Path, tmp_path: Path) -> None:
+    """Its options are asked of Slurm in tests/cluster."""
+    (block,) = page_blocks(root / "docs" / "slurm.md", "bash")
+    (wrapped,) = [word for word in shlex.split(block) if word.startswith("--wrap=")]
+    python, _, module, *overrides = shlex.split(wrapped.partition("=")[2])
+    assert (python, module) == ("python", "search")
+    (config,) = compose("search", overrides)
+    with open_dict(config):
+        del config["hydra"]
+    assert read_config(config).workers == 8
+
+
 def test_training_does_what_its_page_says(root: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "text.txt", tmp_path)
     page = root / "docs" / "training.md"
-    for command in page_commands(page):
-        arguments = shlex.split(command)[1:]
-        place = arguments.index("train.py")
-        # Two sequences, one for each of two devices.
-        arguments[place:] = [str(root / "train.py"), *arguments[place + 1 :], *TINY["train.py"]]
-        done = run(root, tmp_path, *arguments)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    run_page(root, page, tmp_path)
     results = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
     assert results == {"first", "normalised", "muon", "long", "shared"}
     (block,) = page_blocks(page, "bash")

@@ -247,3 +247,57 @@ def test_a_sweep_gives_a_table(tmp_path: Path) -> None:
         result = json.loads((tmp_path / "runs/sweep" / row["job"] / "result.json").read_text())
         assert float(row["bits_per_byte"]) == result["bits_per_byte"]
     assert rows[0]["digest"] != rows[1]["digest"]
+
+
+def test_a_job_that_fails_costs_a_sweep_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"so {n} " * n for n in range(40)))
+    arguments = ["experiment=smoke", "data=text", "data.files=[text.txt]", "name=sweep"]
+    arguments += ["tokenizer.vocab_size=300", "trainer.max_steps=2", "model.width=32"]
+    arguments += ["trainer.batch_tokens=65536", "data.validation_fraction=0.5"]
+    # The first asks for longer rows than the text.
+    rows = "trainer.sequence_tokens=65536,64"
+    done = train(tmp_path, "-m", *arguments, rows)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    first, second = done.stderr.splitlines()[-2:]
+    assert first == "error: 1 of 2 jobs failed; the same command does them again"
+    assert second.startswith(
+        "error: job 0 (trainer.sequence_tokens=65536): trainer.sequence_tokens:"
+    )
+    with (tmp_path / "runs/sweep/results.csv").open(newline="") as file:
+        failed, finished = csv.DictReader(file)
+    assert (failed["status"], finished["status"]) == ("failed", "finished")
+    assert second.endswith(failed["error"])
+
+    # What is mended is done again, and its failure forgotten.
+    done = train(tmp_path, "-m", *arguments, "trainer.sequence_tokens=128,64")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("error.txt"))
+
+
+def test_sweeps_that_would_start_themselves_again_are_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    done = train(tmp_path, "-m", "trainer.devices=2", "model.depth=1,2")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: trainer.devices: a sweep of jobs with 2 devices each needs")
+    assert "--nproc-per-node=2" in line
+    assert "hydra.launcher.tasks_per_node=2" in line
+    done = train(tmp_path, "hydra/launcher=local")
+    assert done.returncode == 2
+    assert done.stderr == ("error: hydra/launcher: 'local' launches the jobs of a sweep; add -m\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_of_a_sweep_run_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"so {n} " * n for n in range(40)))
+    arguments = ["experiment=smoke", "data=text", "data.files=[text.txt]", "name=sweep"]
+    arguments += ["tokenizer.vocab_size=300", "trainer.max_steps=2", "model.width=32"]
+    arguments += ["data.validation_fraction=0.5"]
+    local = ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "trainer.threads=1"]
+    done = train(tmp_path, "-m", *arguments, *local, "model.depth=1,2")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "runs/sweep/results.csv").open(newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 2

@@ -1,5 +1,7 @@
 """The training batches of a packed corpus, for Lightning."""
 
+import signal
+
 import lightning as L
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -48,6 +50,13 @@ class PackedDataModule(L.LightningDataModule):
             sampler=sampler,
             drop_last=True,
             num_workers=self.num_workers,
+            worker_init_fn=_ignore_signals,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A scheduler's reach every process of a job; the training process decides when it ends."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

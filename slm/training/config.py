@@ -15,6 +15,7 @@ from slm.data.config import DataConfig, TokenizerConfig
 from slm.model_config import ModelConfig
 from slm.plugins import plugin_digests
 from slm.runtime import RuntimeConfig
+from slm.training.sweep import sweep_problems
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -222,8 +223,11 @@ class TrainConfig(RuntimeConfig):
 def read_config(config: DictConfig) -> TrainConfig:
     """Build and check a composed config; raises ConfigError with every problem."""
     result = read(TrainConfig, config)
+    problems = sweep_problems(result.trainer.devices)
     if result.init_from is not None and not result.init_from.exists():
-        raise ConfigError([f"init_from: '{result.init_from}' does not exist"])
+        problems.append(f"init_from: '{result.init_from}' does not exist")
+    if problems:
+        raise ConfigError(problems)
     return result
 
 

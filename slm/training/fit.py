@@ -17,7 +17,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from slm.training.checkpoint import (
     load_checkpoint,
 )
 from slm.training.config import TrainConfig, TrainerConfig
-from slm.training.files import write_atomically
+from slm.training.files import alone, write_atomically
 from slm.training.loggers import METRICS_FILE, TENSORBOARD_DIR, WANDB_ID_FILE, open_loggers
 from slm.training.metrics import Metrics
 from slm.training.module import TrainingModule
@@ -79,10 +79,16 @@ class TrainResult:
 def fit(config: TrainConfig, run_dir: Path) -> TrainResult:
     """Train, or go on training, in `run_dir`; a finished run is not trained again.
 
-    Raises ConfigError if `run_dir` holds another run, or a checkpoint cannot be read.
+    Raises ConfigError if `run_dir` holds another run, if another command trains there at the
+    moment, or if a checkpoint cannot be read.
     """
-    folder = run_dir / LAST_CHECKPOINT.parent
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    with alone(run_dir) if is_first else nullcontext():
+        return _fit(config, run_dir, is_first)
+
+
+def _fit(config: TrainConfig, run_dir: Path, is_first: bool) -> TrainResult:
+    folder = run_dir / LAST_CHECKPOINT.parent
     checkpoint, resumed_step = None, 0
     if config.resume == "auto":
         finished = _finished(config, run_dir / RESULT_FILE)
@@ -234,6 +240,7 @@ def _trainer(
         accelerator=config.device_type,
         devices=settings.devices,
         strategy=_strategy(settings),
+        plugins=_cluster(),
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
@@ -247,6 +254,18 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _cluster() -> Any:
+    """Where Slurm has started the processes: that Lightning is not to queue the job again.
+
+    It would write a checkpoint of its own and go on from that; `slm.slurm` goes on from ours.
+    """
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return None
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def _strategy(settings: TrainerConfig) -> Any:
@@ -322,6 +341,8 @@ def _quiet() -> Iterator[None]:
                 # Of Lightning and torchdata about themselves.
                 ".*treespec, LeafSpec.*",
                 ".*'set_vital' is deprecated.*",
+                # Where Slurm is installed and not used.
+                ".*`srun` command is available.*",
             ):
                 warnings.filterwarnings("ignore", message)
             yield

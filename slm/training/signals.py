@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed
 
-# Ctrl-C; a scheduler's preemption, which may give notice by either of the other two.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# What a shell reports for a process that SIGTERM has ended: 128 + 15.
-EXIT_PREEMPTED = 143
+from slm.config import EXIT_OUT_OF_TIME, EXIT_PREEMPTED
+
+# Ctrl-C; a scheduler's preemption, which may give notice by either of the next two; and Slurm's
+# notice that the time of one of our jobs is nearly over.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals:
@@ -56,7 +57,7 @@ class StopSignals:
 
 
 def stop(number: int) -> None:
-    """Raise what ends the program: KeyboardInterrupt for Ctrl-C, else an exit with 143."""
+    """Raise what ends the program: KeyboardInterrupt for Ctrl-C, else an exit with 143 or 140."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(EXIT_PREEMPTED)
+    raise SystemExit(EXIT_OUT_OF_TIME if number == signal.SIGUSR2 else EXIT_PREEMPTED)

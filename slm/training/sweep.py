@@ -1,10 +1,11 @@
-"""The table of a multirun: one row per job, gathered from the jobs' folders."""
+"""A multirun of trainings: what cannot be one, and its table, a row per job."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,42 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from slm import slurm
+from slm.jobs import ERROR_FILE
 from slm.training.files import write_atomically
 
 TABLE_FILE = "results.csv"
+
+
+def sweep_problems(devices: int) -> list[str]:
+    """What is wrong with the command that is being run, for jobs of so many devices each.
+
+    Lightning starts a process for each further device with the command of the first, so that each
+    would run the whole sweep again; it starts none where torchrun or Slurm has started them.
+    """
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    name = hydra.runtime.choices.get("hydra/launcher")
+    if hydra.mode != RunMode.MULTIRUN:
+        if name in (None, "basic"):
+            return []
+        return [f"hydra/launcher: '{name}' launches the jobs of a sweep; add -m"]
+    if slurm.is_chosen(hydra):
+        found, tasks = slurm.problems(), hydra.launcher.tasks_per_node
+        if tasks != devices:
+            found.append(
+                f"hydra.launcher.tasks_per_node: must be trainer.devices={devices}, a process for "
+                f"each, got {tasks}"
+            )
+        return found
+    if devices == 1 or "LOCAL_RANK" in os.environ:
+        return []
+    return [
+        f"trainer.devices: a sweep of jobs with {devices} devices each needs processes that are "
+        f"started from outside: python -m torch.distributed.run --nproc-per-node={devices} "
+        f"train.py -m …, or hydra/launcher=slurm hydra.launcher.tasks_per_node={devices}"
+    ]
 
 
 class GatherResults(Callback):
@@ -60,8 +94,10 @@ def _row(job: Path) -> dict[str, Any]:
     if overrides_file.exists():
         overrides: Any = OmegaConf.load(overrides_file)
         row |= {key: value for key, _, value in (text.partition("=") for text in overrides)}
-    result_file = job / "result.json"
-    if result_file.exists():
+    result_file, error_file = job / "result.json", job / ERROR_FILE
+    if error_file.exists():
+        row |= {"status": "failed", "error": error_file.read_text(encoding="utf-8").strip()}
+    elif result_file.exists():
         row["status"] = "finished"
         result = json.loads(result_file.read_text(encoding="utf-8"))
         row |= {key: value for key, value in result.items() if not isinstance(value, dict)}

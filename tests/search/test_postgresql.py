@@ -137,6 +137,37 @@ def test_who_freezes_within_a_transaction_holds_nobody_up(
     frozen.invalidate()
 
 
+def test_turns_are_taken_one_after_another_and_lost_by_who_freezes(
+    postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FROZEN_SECONDS", 1.0)
+    first, second = PostgreSQLStorage(postgresql), PostgreSQLStorage(postgresql)
+    order: list[str] = []
+
+    def follow() -> None:
+        with second.turn(1):
+            order.append("second")
+
+    waiting = threading.Thread(target=follow)
+    with first.turn(1):
+        waiting.start()
+        # Another study's turns are its own.
+        with second.turn(2):
+            order.append("other study")
+        time.sleep(0.3)
+        order.append("first")
+    waiting.join()
+    assert order == ["other study", "first", "second"]
+
+    waiting = threading.Thread(target=follow)
+    with first.turn(1):
+        waiting.start()
+        # Silent for longer than a process that lives.
+        waiting.join()
+        assert first.now() > 0
+    assert order[3:] == ["second"]
+
+
 def test_a_search_waits_for_a_server_that_restarts_and_ends_without_one(
     postgresql: str,
     postgresql_server: PostgreSQLServer,

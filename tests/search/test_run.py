@@ -157,6 +157,19 @@ def test_a_bad_config_writes_nothing(experiment, tmp_path):
     assert not folder.exists()
 
 
+def test_what_workers_as_slurm_jobs_cannot_do_is_refused(experiment, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder = tmp_path / "run"
+    overrides = ("hydra/launcher=slurm", "workers=2", "hydra.launcher.gpus_per_node=4")
+    output = finish(start(experiment, folder, *overrides, "storage=journal"), code=2)
+    assert "error: storage.kind: Slurm's jobs may run on several machines" in output
+    assert "take storage=postgresql" in output
+    assert "error: hydra.launcher.gpus_per_node: must be devices_per_candidate=1, or null" in output
+    output = finish(start(experiment, folder, "hydra/launcher=local"), code=2)
+    assert output == "error: hydra/launcher: workers are launched by 'slurm', got 'local'\n"
+    assert not folder.exists()
+
+
 def test_the_frontier_is_what_the_candidates_say(finished):
     rows = read_json(finished / "candidates.json")
     frontier = read_json(finished / "frontier.json")

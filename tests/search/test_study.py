@@ -3,8 +3,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ from small_space import space_config
 
 from search.evolution import EvolutionConfig, propose
 from search.history import Promotion, Proposal
+from search.machines import refuse_second_machine
 from search.owner import Owner
 from search.rungs import promote
 from search.space import SearchSpace
@@ -136,6 +138,31 @@ def test_what_was_claimed_is_known_without_reading_it_back(kind, tmp_path):
     assert study.records[1].proposal == claimed
     assert study.records == open_study(kind, tmp_path).records
     assert study.num_running == 2
+
+
+def test_of_several_that_settle_a_fact_at_once_all_get_that_of_the_first(kind, tmp_path):
+    studies = [open_study(kind, tmp_path) for _ in range(4)]
+    facts: list[list[int]] = [[] for _ in studies]
+    together = threading.Barrier(len(studies))
+
+    def settle(index: int) -> None:
+        for number in range(12):
+            together.wait()
+            facts[index].append(studies[index].settle(f"fact-{number}", index))
+
+    threads = [threading.Thread(target=settle, args=(index,)) for index in range(len(studies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first = facts[0]
+    assert facts == [first] * len(studies)
+    assert len(first) == 12
+    assert open_study(kind, tmp_path).facts("fact-") == {
+        f"fact-{number}": value for number, value in enumerate(first)
+    }
+    # Whoever comes later changes nothing.
+    assert studies[0].settle("fact-0", 9) == first[0]
 
 
 def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
@@ -377,3 +404,34 @@ def test_storage_config_problems():
         with pytest.raises(ConfigError) as error:
             read(StorageConfig, values, "storage")
         assert error.value.problems == [problem]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_second_machine_is_refused_a_study_in_a_file_while_the_first_is_at_work(kind, tmp_path):
+    first, second = (open_study(kind, tmp_path, lease_seconds=2.0) for _ in range(2))
+    first.owner = replace(first.owner, host="elsewhere")
+    storage = StorageConfig(kind=kind)
+    claim, stop = claim_next(first), threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(0.1):
+            claim.beat()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        second.refresh()
+        with pytest.raises(
+            ConfigError, match=rf"{kind} is for .* and elsewhere is at work"
+        ) as error:
+            refuse_second_machine(second, storage)
+        assert str(error.value).startswith(f"storage.kind: {kind} is for the processes of one")
+        assert "storage=postgresql" in str(error.value)
+    finally:
+        stop.set()
+        keeper.join()
+    # It has died: once its lease is over, the study can be gone on with here.
+    second.refresh()
+    refuse_second_machine(second, storage)
+    assert second.reap() == 1
+    assert second.take_queued().proposal == claim.proposal

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slm.config import ConfigError
+from slm.training import files
 from slm.training.checkpoint import load_checkpoint
 from slm.training.config import TrainConfig
 from slm.training.fit import RESULT_FILE, TrainResult, fit
@@ -432,3 +433,15 @@ def test_bfloat16_trains_nearly_alike(run: Path, make_config: ConfigMaker, tmp_p
     assert losses(tmp_path)[0] == pytest.approx(losses(run)[0], rel=1e-2)
     # Weights stay in float32.
     assert {weight.dtype for weight in saved(tmp_path)["state_dict"].values()} == {torch.float32}
+
+
+def test_two_commands_do_not_train_in_one_folder_at_the_same_time(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    with (
+        files.alone(tmp_path),
+        pytest.raises(ConfigError, match="name: another command is at work in"),
+    ):
+        fit(make_config(), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,121 @@
+"""A search whose workers are Slurm jobs on a study in PostgreSQL; some of them are ended."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from benchmarks.postgresql_server import PostgreSQLServer
+from search import config as search_config
+from tests.cluster.conftest import LAUNCHER, Start, page_command
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.search.small_search import SETTINGS, small_text
+from tests.search.small_space import space_config
+
+NUM_CANDIDATES = 10
+NUM_WORKERS = 4
+TIMEOUT_SECONDS = 150.0
+
+
+@pytest.fixture
+def search(root: Path, tmp_path: Path) -> list[str]:
+    """The command of docs/slurm.md, of fewer workers and of candidates that take some seconds."""
+    values = {
+        **SETTINGS,
+        "space": search_config.plain(space_config(max_operators=6)),
+        "data": small_text(tmp_path),
+        "evolution": {"initial_candidates": 6, "population_size": 4, "sample_size": 2},
+        "proxy": {**SETTINGS["proxy"], "rung_tokens": [4800]},
+        "num_candidates": NUM_CANDIDATES,
+        "audit": {"candidates": 1, "repeated": 1, "seeds": 0},
+        # Far above any.
+        "target_ms": 1e6,
+    }
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /data: text\n" + yaml.safe_dump(values)
+    (tmp_path / "experiment" / "tiny.yaml").write_text(text)
+    python, option, module, *overrides = page_command(root, "name=many")
+    assert (python, option, module) == ("python", "-m", "search")
+    return [
+        *("-m", "search", "--config-dir", str(tmp_path), *overrides),
+        *("experiment=tiny", f"workers={NUM_WORKERS}"),
+        # The seeds of the demo's space are not those of the test's.
+        *("~space.seeds.mamba2_attention", "~space.seeds.deltanet_mamba2", *LAUNCHER),
+    ]
+
+
+def running_trials(url: str) -> list[dict[str, Any]]:
+    """Claims that are held."""
+    study = optuna.load_study(study_name="many", storage=url)
+    return [t.user_attrs["claim"] for t in study.trials if t.state == TrialState.RUNNING]
+
+
+def test_a_search_comes_to_its_end_whoever_is_left(
+    cluster: SlurmCluster,
+    postgresql: str,
+    postgresql_server: PostgreSQLServer,
+    search: list[str],
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    assert f"storage.url={postgresql}" in search
+    process = start(*search)
+    assert process.stdout is not None
+    said = ""
+    while "#3 " not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    owners = {claim["owner"]["pid"] for claim in wait_for_claims(postgresql, 3)}
+    jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
+    by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
+    killed, cancelled, *_ = sorted(owners & set(by_pid))
+    psutil.Process(killed).send_signal(signal.SIGKILL)
+    cluster.run("scancel", by_pid[cancelled])
+    output = said + process.communicate(timeout=TIMEOUT_SECONDS)[0]
+    assert process.returncode == 0, output
+
+    study = optuna.load_study(study_name="many", storage=postgresql)
+    scored = Counter(
+        trial.user_attrs["proposal"]["number"]
+        for trial in study.trials
+        if trial.state == TrialState.COMPLETE
+    )
+    assert scored == dict.fromkeys(range(NUM_CANDIDATES), 1)
+    lost = [t for t in study.trials if t.state == TrialState.FAIL and "dropped" not in t.user_attrs]
+    assert {trial.user_attrs["claim"]["owner"]["pid"] for trial in lost} == {killed, cancelled}
+    (released,) = [t.user_attrs["released"] for t in lost if "released" in t.user_attrs]
+    assert released == "interrupted by KeyboardInterrupt"
+
+    run_folder = tmp_path / "runs" / "many"
+    described = json.loads((run_folder / "search.json").read_text())
+    assert described["status"] == "finished"
+    assert described["command"] == ["python", *search]
+    assert len(json.loads((run_folder / "candidates.json").read_text())) == NUM_CANDIDATES
+    frontier = json.loads((run_folder / "frontier.json").read_text())
+    assert all(member["cloze_error"] is not None for member in frontier["members"])
+    assert (run_folder / "report.html").exists()
+    assert f"{NUM_CANDIDATES} candidates scored, 0 failed" in output
+    checkpoints = {path.name for path in (run_folder / "candidates").iterdir()}
+    assert len(checkpoints) == NUM_CANDIDATES
+    for path in run_folder.rglob("*"):
+        if path.is_file():
+            assert postgresql_server.password.encode() not in path.read_bytes(), path
+    assert os.environ["PGPASSWORD"] == postgresql_server.password
+
+
+def wait_for_claims(url: str, count: int) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while len(found := running_trials(url)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
