@@ -10,7 +10,6 @@ from pathlib import Path
 
 from slm.config import ConfigError
 
-LOCK_FILE = "lock"
 # For what a process that was killed has left running to end as well.
 LOCK_SECONDS = 10.0
 
@@ -31,12 +30,13 @@ def temporary_path(path: Path) -> Path:
 def alone(folder: Path) -> Iterator[None]:
     """Keep other commands out of a run's folder; the system lets go when this process ends.
 
-    Raises ConfigError if there is one.
+    The lock lies beside the folder, which stays as it is where the run is refused. Raises
+    ConfigError if there is another command.
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
