@@ -19,8 +19,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from filelock import FileLock, Timeout
-
 from latency.device import Device
 from search.cell_evaluator import CellEvaluator
 from search.cell_rows import Row
@@ -31,8 +29,8 @@ from search.devices import visible_devices
 from search.progress import Progress, Stopwatch, format_duration
 from search.worker import JobError, Worker
 from slm.architecture import Architecture
-from slm.config import ConfigError
 from slm.kernels.backend import set_backend
+from slm.training.files import alone
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,9 +86,9 @@ class CellStudy(ABC, Generic[C]):
         self.progress = Progress(total=0, num_workers=config.processes)
 
     def run(self) -> list[Row]:
-        """Study; the rows of the table."""
+        """Study; the rows of the table. Raises ConfigError if it is being made already."""
         watch = Stopwatch()
-        with self._alone():
+        with alone(self.folder):
             self._introduce()
             try:
                 self._make_cells()
@@ -110,17 +108,6 @@ class CellStudy(ABC, Generic[C]):
     @abstractmethod
     def _publish(self) -> list[Row]:
         """Write and show what is known, if anything is; the rows of the table."""
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes out of the folder; the system lets go when this one ends."""
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError([f"name: the study '{self.config.name}' is running now"]) from None
-        with lock:
-            yield
 
     # What is studied with
 

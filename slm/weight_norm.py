@@ -89,7 +89,7 @@ def _is_worth_compiling(weight: Tensor) -> bool:
 @cache
 def _library(axis: int, width: int, dtype: torch.dtype, num_threads: int) -> Library:
     """Projects a matrix of any number of vectors, for that many threads."""
-    # Of which two may be any number; compilers take none and one for special.
+    # The two vectors of the example stand for any number: sizes of none and one are compiled apart.
     shape = (2, width) if axis == 1 else (width, 2)
     example = Argument(torch.empty(shape, dtype=dtype), varying=(1 - axis,))
     function = _project_rows if axis == 1 else _project_columns

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -167,7 +168,7 @@ class SlurmCluster:
         key.chmod(0o600)
         self._start(
             *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"),
-            *(f"--{name}={self._folder}/munge.{name}" for name in ("socket",)),
+            f"--socket={self._folder}/munge.socket",
             *(f"--{name}-file={self._folder}/munge.{name}" for name in ("pid", "log", "seed")),
         )
         self._wait(lambda: (self._folder / "munge.socket").exists(), "munged")
@@ -194,7 +195,7 @@ class SlurmCluster:
             return self.run("sinfo", "--noheader", "--format=%t").split()[:1] == ["idle"]
         return False
 
-    def _wait(self, is_ready, what: str) -> None:  # type: ignore[no-untyped-def]
+    def _wait(self, is_ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + SECONDS_TO_START
         while not is_ready():
             if time.monotonic() > deadline or any(d.poll() is not None for d in self._daemons):

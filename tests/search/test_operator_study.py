@@ -30,6 +30,7 @@ from search.study_design import (
 from slm.architecture import Architecture
 from slm.config import ConfigError, compose
 from slm.operators import parse_operator
+from slm.training import files
 
 VOCAB_SIZE = 4096
 
@@ -385,11 +386,12 @@ def test_a_crash_costs_one_cell(experiment, tmp_path) -> None:
     assert (tmp_path / "operators.html").exists()
 
 
-def test_a_study_that_runs_is_left_alone(experiment, tmp_path) -> None:
+def test_a_study_that_runs_is_left_alone(experiment, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     config = compose_study("experiment=tiny", config_dir=experiment)
-    study = OperatorStudy(config, tmp_path)
-    with study._alone(), pytest.raises(ConfigError, match="is running now"):
+    with files.alone(tmp_path), pytest.raises(ConfigError, match="name: another command is at"):
         OperatorStudy(config, tmp_path).run()
+    assert not (tmp_path / "operators.json").exists()
 
 
 def test_a_bad_command_line_writes_nothing(experiment, tmp_path) -> None:
