@@ -5,8 +5,9 @@ import os
 import signal
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import psutil
@@ -53,10 +54,12 @@ def search(root: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def running_trials(url: str) -> list[dict[str, Any]]:
-    """Claims that are held."""
+def held_claims(url: str) -> list[dict[str, Any]]:
+    """Claims that are held, the newest first."""
     study = optuna.load_study(study_name="many", storage=url)
-    return [t.user_attrs["claim"] for t in study.trials if t.state == TrialState.RUNNING]
+    running = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+    running.sort(key=lambda trial: cast(datetime, trial.datetime_start), reverse=True)
+    return [trial.user_attrs["claim"] for trial in running]
 
 
 def test_a_search_comes_to_its_end_whoever_is_left(
@@ -75,10 +78,11 @@ def test_a_search_comes_to_its_end_whoever_is_left(
         line = process.stdout.readline()
         assert line, said
         said += line
-    owners = {claim["owner"]["pid"] for claim in wait_for_claims(postgresql, 3)}
+    owners = [claim["owner"]["pid"] for claim in wait_for_claims(postgresql, 3)]
     jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
     by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
-    killed, cancelled, *_ = sorted(owners & set(by_pid))
+    # Who has begun last will not be done before it is ended.
+    killed, cancelled = [pid for pid in owners if pid in by_pid][:2]
     psutil.Process(killed).send_signal(signal.SIGKILL)
     cluster.run("scancel", by_pid[cancelled])
     output = said + process.communicate(timeout=TIMEOUT_SECONDS)[0]
@@ -115,7 +119,7 @@ def test_a_search_comes_to_its_end_whoever_is_left(
 
 def wait_for_claims(url: str, count: int) -> list[dict[str, Any]]:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(found := running_trials(url)) < count:
+    while len(found := held_claims(url)) < count:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return found
