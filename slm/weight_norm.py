@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ SMALLEST_NORM = 1e-12
 EMBEDDINGS = ("embedding.weight", "head.weight")
 # Matrices of so many bytes on a CPU, which its caches do not keep from step to step, are projected
 # by compiled code: it reads each once and has its norms and its product in one go.
-COMPILED_BYTES = 2**21
+COMPILED_BYTES = 2**20
 # Rows of a matrix whose columns are measured side by side, so that memory is read as it lies.
 BAND_ROWS = 32
 
@@ -89,11 +90,14 @@ def _is_worth_compiling(weight: Tensor) -> bool:
 @cache
 def _library(axis: int, width: int, dtype: torch.dtype, num_threads: int) -> Library:
     """Projects a matrix of any number of vectors, for that many threads."""
-    # The two vectors of the example stand for any number: sizes of none and one are compiled apart.
-    shape = (2, width) if axis == 1 else (width, 2)
+    # What the example has decides whether the compiler divides the work between threads.
+    num_vectors = COMPILED_BYTES // (width * dtype.itemsize)
+    shape = (num_vectors, width) if axis == 1 else (width, num_vectors)
     example = Argument(torch.empty(shape, dtype=dtype), varying=(1 - axis,))
     function = _project_rows if axis == 1 else _project_columns
-    return library(f"weight_norm {function.__name__}", function, [example])
+    # The name holds this file, so that none is taken that another version of it has left on disk.
+    source = Path(__file__).read_text(encoding="utf-8")
+    return library(f"weight_norm{function.__name__} of {source}", function, [example])
 
 
 def _project_rows(weight: Tensor) -> tuple[Tensor, ...]:
