@@ -116,17 +116,18 @@ def compiler_problems(field: str, value: str) -> list[str]:
     if has_compiler():
         return []
     return [
-        f"{field}: {value!r} needs a C++ compiler, and there is no {_compiler()!r}: install g++, "
+        f"{field}: {value!r} needs a C++ compiler, and there is no {compiler()!r}: install g++, "
         "name another in CXX, or choose 'eager'"
     ]
 
 
 def has_compiler() -> bool:
     """Whether there is a C++ compiler."""
-    return shutil.which(_compiler()) is not None
+    return shutil.which(compiler()) is not None
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The command of the C++ compiler."""
     return os.environ.get("CXX", "g++")
 
 
@@ -145,7 +146,7 @@ def _toolchain(arguments: Sequence[Argument]) -> str:
         gpu = torch.cuda.get_device_properties(device)
         target = f"{gpu.name} {gpu.major}.{gpu.minor} {gpu.multi_processor_count} {_triton()}"
     else:
-        target = f"{_cpu_flags()} {torch.get_num_threads()} threads"
+        target = f"{cpu_flags()} {torch.get_num_threads()} threads"
     parts = (VERSION, torch.__version__, kernel_hash(), current_backend(), device.type, target)
     return " ".join(map(str, parts))
 
@@ -158,7 +159,7 @@ def _triton() -> str:
 
 
 @functools.cache
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """The instructions that the compiler may use (-march=native)."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

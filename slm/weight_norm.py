@@ -8,9 +8,8 @@ be off, for the projection undoes it.
 
 from __future__ import annotations
 
-import math
+import ctypes
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from slm.compilation import Argument, Library, has_compiler, library
+from slm.native import native_library
 from slm.operators import Operator
 
 # A row this short is left as it is, rather than blown up: division by zero would make it NaN.
@@ -26,10 +25,9 @@ SMALLEST_NORM = 1e-12
 # Of the model itself, those whose rows are vectors of the stream.
 EMBEDDINGS = ("embedding.weight", "head.weight")
 # Matrices of so many bytes on a CPU, which its caches do not keep from step to step, are projected
-# by compiled code: it reads each once and has its norms and its product in one go.
-COMPILED_BYTES = 2**20
-# Rows of a matrix whose columns are measured side by side, so that memory is read as it lies.
-BAND_ROWS = 32
+# by C++ of ours: it reads each from memory once, and measures and divides in one go.
+NATIVE_BYTES = 2**20
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def matrices(model: nn.Module, embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter, int]]:
@@ -58,11 +56,17 @@ def project(model: nn.Module, embeddings: bool = False) -> None:
     Weights may be sharded (DTensors): each rank projects its share.
     """
     for _, weight, axis in matrices(model, embeddings):
-        if _is_worth_compiling(weight):
-            library = _library(axis, weight.shape[axis], weight.dtype, torch.get_num_threads())
-            library([weight])
-        else:
+        native = native_library(SOURCE) if _is_worth_a_native_function(weight) else None
+        if native is None:
             weight.mul_(_scales(weight, axis))
+        else:
+            function = native.unit_rows if axis == 1 else native.unit_columns
+            function(
+                ctypes.c_void_p(weight.data_ptr()),
+                *map(ctypes.c_long, weight.shape),
+                ctypes.c_float(SMALLEST_NORM),
+                torch.get_num_threads(),
+            )
 
 
 def attach(optimizer: Optimizer, model: nn.Module, embeddings: bool = False) -> RemovableHandle:
@@ -81,32 +85,8 @@ def _scales(weight: Tensor, axis: int) -> Tensor:
     return norms.clamp(min=SMALLEST_NORM).reciprocal()
 
 
-def _is_worth_compiling(weight: Tensor) -> bool:
-    """Whether it is large, whole and on a CPU, and something can be compiled here."""
-    is_whole = weight.device.type == "cpu" and type(weight) is nn.Parameter
-    return is_whole and weight.nbytes >= COMPILED_BYTES and has_compiler()
-
-
-@cache
-def _library(axis: int, width: int, dtype: torch.dtype, num_threads: int) -> Library:
-    """Projects a matrix of any number of vectors, for that many threads."""
-    # What the example has decides whether the compiler divides the work between threads.
-    num_vectors = COMPILED_BYTES // (width * dtype.itemsize)
-    shape = (num_vectors, width) if axis == 1 else (width, num_vectors)
-    example = Argument(torch.empty(shape, dtype=dtype), varying=(1 - axis,))
-    function = _project_rows if axis == 1 else _project_columns
-    # The name holds this file, so that none is taken that another version of it has left on disk.
-    source = Path(__file__).read_text(encoding="utf-8")
-    return library(f"weight_norm{function.__name__} of {source}", function, [example])
-
-
-def _project_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    weight.mul_(_scales(weight, 1))
-    return ()
-
-
-def _project_columns(weight: Tensor) -> tuple[Tensor, ...]:
-    bands = weight.unflatten(0, (-1, math.gcd(weight.shape[0], BAND_ROWS)))  # [D / 32, 32, C]
-    norms = torch.linalg.vector_norm(bands, dim=0, dtype=torch.float32)
-    weight.mul_(_scales(norms, 0))
-    return ()
+def _is_worth_a_native_function(weight: Tensor) -> bool:
+    """Whether it is large, in fp32, whole and on a CPU."""
+    is_whole = type(weight) is nn.Parameter and weight.is_contiguous()
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_whole and is_plain and weight.nbytes >= NATIVE_BYTES

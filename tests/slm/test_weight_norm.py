@@ -1,11 +1,14 @@
 """Weight normalization puts the stream's vectors on the unit sphere, and touches nothing else."""
 
+import ctypes
+
 import pytest
 import torch
 
 from slm import weight_norm
 from slm.architecture import Architecture
 from slm.model import LanguageModel
+from slm.native import native_library
 
 EVERY_OPERATOR = (
     "width=32 vocab_size=50 meta_tokens=2 tie_embeddings=False | "
@@ -69,21 +72,51 @@ def test_a_row_of_zeros_stays(model: LanguageModel) -> None:
     assert weight.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("has_compiler", [True, False])
-def test_large_matrices_as_small_ones(has_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_compiler:
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    # Of 2.2 and 2.4 MB; neither width is a multiple of a vector's or a band's size.
+@pytest.mark.parametrize("compiler", ["g++", "no-such-compiler", "false"])
+def test_large_matrices_as_small_ones(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that C++ projects; without a compiler, or with one that fails, torch does."""
+    native_library.cache_clear()
+    monkeypatch.setenv("CXX", compiler)
+    # Of 2.2 and 2.4 MB; no size is a multiple of what is done at once.
     model = LanguageModel(
-        Architecture.parse("width=344 vocab_size=50 | ffn(ratio=5.0,multiple_of=1)")
+        Architecture.parse("width=346 vocab_size=50 | ffn(ratio=4.9,multiple_of=1)")
     )
     matrices = [(weight, axis) for _, weight, axis in weight_norm.matrices(model)]
-    assert all(weight.nbytes >= weight_norm.COMPILED_BYTES for weight, _ in matrices)
+    assert all(weight.nbytes >= weight_norm.NATIVE_BYTES for weight, _ in matrices)
     matrices[0][0].data[7] = 0
+    matrices[1][0].data[:, 9] = 0
     expected = [torch.nn.functional.normalize(w.double(), dim=axis) for w, axis in matrices]
     weight_norm.project(model)
     for (weight, _), each in zip(matrices, expected, strict=True):
         torch.testing.assert_close(weight.double(), each, atol=1e-6, rtol=1e-6)
+    assert ("weight_norm.cpp is not used" in caplog.text) == (compiler == "false")
+    native_library.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(1000, 4000), (3, 90000), (5000, 7), (1, 1)])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_any_matrix_on_any_number_of_threads(shape: tuple[int, int], num_threads: int) -> None:
+    library = native_library(weight_norm.SOURCE)
+    assert library is not None
+    for axis, function in ((1, library.unit_rows), (0, library.unit_columns)):
+        matrix = torch.randn(shape)
+        expected = torch.nn.functional.normalize(matrix.double(), dim=axis)
+        results = [matrix.clone(), matrix.clone()]
+        for result in results:
+            # What lies behind it stays as it is.
+            weight = torch.cat([result.flatten(), torch.ones(64)])
+            function(
+                ctypes.c_void_p(weight.data_ptr()),
+                *map(ctypes.c_long, shape),
+                ctypes.c_float(weight_norm.SMALLEST_NORM),
+                num_threads,
+            )
+            assert (weight[-64:] == 1).all()
+            result.copy_(weight[:-64].view(shape))
+        torch.testing.assert_close(results[0].double(), expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(*results)
 
 
 def test_the_norm_of_bf16_is_taken_in_fp32(model: LanguageModel) -> None:
