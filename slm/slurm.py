@@ -33,6 +33,8 @@ ENDED = frozenset(
         *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     )
 )
+# After these there may be a result, which is not seen here yet.
+MAY_HAVE_RESULT = frozenset(("COMPLETED", "FAILED"))
 # Between two looks at the queue: few, for many users look at the same one.
 MIN_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 15.0
@@ -107,8 +109,16 @@ def queue_states() -> dict[str, str] | None:
 
 
 def is_alive(job_id: str) -> bool:
-    """Whether a job waits or runs."""
-    return (queue_states() or {}).get(job_id, "COMPLETED") not in ENDED
+    """Whether a job waits or runs. Raises ConfigError if the queue does not answer."""
+    states = queue_states()
+    if states is None:
+        raise ConfigError(
+            [
+                f"hydra/launcher: squeue does not answer, so whether Slurm's job {job_id}, from "
+                "before, still runs is not known; try again when it does"
+            ]
+        )
+    return states.get(job_id, "COMPLETED") not in ENDED
 
 
 class Watch:
@@ -128,10 +138,11 @@ class Watch:
             if has_result(job):
                 found[job.job_id] = None
             elif states is not None and states.get(job.job_id, "COMPLETED") in ENDED:
-                # It may have ended well, and its result not be seen here yet.
+                state = states.get(job.job_id)
                 missed_s = self._missed_s.setdefault(job.job_id, time.monotonic())
-                if time.monotonic() - missed_s > FILE_SECONDS:
-                    found[job.job_id] = self._reason(states.get(job.job_id))
+                may_have_result = state is None or state in MAY_HAVE_RESULT
+                if not may_have_result or time.monotonic() - missed_s > FILE_SECONDS:
+                    found[job.job_id] = self._reason(state)
             else:
                 self._missed_s.pop(job.job_id, None)
         if states is not None and states != self.states:
