@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the search of the command line; see `configs/search.yaml`."""
+    from search import fork_server
+
+    # While this process imports what it needs.
+    fork_server.begin()
+
     from search.config import read_config, slurm_launcher
     from slm.config import entry_point
 

@@ -29,6 +29,7 @@ from search.devices import visible_devices
 from search.progress import Progress, Stopwatch, format_duration
 from search.worker import JobError, Worker
 from slm.architecture import Architecture
+from slm.config import ConfigError
 from slm.kernels.backend import set_backend
 from slm.training.files import alone
 
@@ -165,7 +166,11 @@ class CellStudy(ABC, Generic[C]):
         """The machine speed that all times are brought to, settled once."""
         cell = self.store.get("yardstick")
         if cell is None:
-            cell = self.store.settle("yardstick", self._run_job(worker, "yardstick"))
+            try:
+                measured = self._run_job(worker, "yardstick")
+            except JobError as error:
+                raise ConfigError([f"the reference model cannot be measured: {error}"]) from None
+            cell = self.store.settle("yardstick", measured)
         reference_ms: float = cell["reference_ms"]
         return reference_ms
 

@@ -1,28 +1,27 @@
 """A supervised worker process: what goes wrong in it costs one job, not the search.
 
-The process is started once and reused, so that imports and compiled code are paid for once. When
-it crashes, hangs or fails, it is ended, and the next job starts a fresh one. It ends by itself when
-the search does.
+The process is started once and reused, so that compiled code is paid for once. When it crashes,
+hangs or fails, it is ended, and the next job starts a fresh one. It ends by itself when the search
+does.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+from search import fork_server
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_REPORTS = 0.2
 # For a process to end by itself, once there is nothing more for it to do.
 PATIENCE_SECONDS = 5.0
-# By which schedulers end jobs, and time for such a signal to reach this process as well.
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# For a scheduler's signal that has ended the process to reach this one as well.
 SIGNAL_SECONDS = 1.0
 
 # Receives what a job reports about its progress.
@@ -44,8 +43,7 @@ class Worker:
     def __init__(self, target: object, visible_devices: str | None = None) -> None:
         self._target = target
         self._visible_devices = visible_devices
-        self._context = multiprocessing.get_context("spawn")
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     @property
@@ -98,11 +96,15 @@ class Worker:
 
     def _start(self) -> Connection:
         if self._process is None or self._connection is None:
-            connection, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(self._target, theirs, self._visible_devices), daemon=True
+            context = fork_server.context()
+            connection, theirs = context.Pipe()
+            environment = dict(os.environ)
+            if self._visible_devices is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = self._visible_devices
+            process = context.Process(
+                target=_serve, args=(self._target, theirs, environment), daemon=True
             )
-            with _interrupts_blocked():
+            with fork_server.signals_blocked():
                 process.start()
                 # Not before it runs: if starting it fails, there is none to be ended.
                 self._process, self._connection = process, connection
@@ -126,7 +128,7 @@ class Worker:
     def _cause_of_death(self) -> str:
         assert self._process is not None
         self._process.join()
-        if -(self._process.exitcode or 0) in STOPPING:
+        if -(self._process.exitcode or 0) in fork_server.STOPPING:
             # No candidate does that. A scheduler's signal reaches every process of a job: what it
             # means for the search is decided by its own handler, here.
             time.sleep(SIGNAL_SECONDS)
@@ -150,28 +152,11 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C waits, for this thread until the end, for a process that it starts until `_serve`.
-
-    While a process starts it imports much; a Ctrl-C then would end it with a traceback.
-    """
-    # It is started with the first process, and would unblock them.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _serve(target: object, connection: Connection, visible_devices: str | None) -> None:
+def _serve(target: object, connection: Connection, environment: Mapping[str, str]) -> None:
     """The process: run jobs until the search is gone."""
-    if visible_devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
     # Ctrl-C reaches every process of the terminal; the search decides what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    fork_server.take_over(environment)
     last_report_s = 0.0
 
     def report(progress: dict[str, Any]) -> None:

@@ -449,6 +449,27 @@ def test_a_crash_costs_one_cell(experiment, tmp_path) -> None:
     assert all(row["error"] is None for row in rows)
 
 
+class BlindStudy(DepthWidthStudy):
+    """Has nothing to measure with."""
+
+    def _evaluator(self) -> CellEvaluator:
+        return BlindEvaluator(**vars(super()._evaluator()))
+
+
+class BlindEvaluator(CellEvaluator):
+    """Measures nothing."""
+
+    def yardstick(self, report):
+        raise ValueError("no such luck")
+
+
+def test_without_the_reference_model_nothing_is_measured(experiment, tmp_path) -> None:
+    config = compose_study("experiment=tiny", config_dir=experiment)
+    problem = "the reference model cannot be measured: ValueError: no such luck"
+    with pytest.raises(ConfigError, match=problem):
+        BlindStudy(config, tmp_path).run()
+
+
 def test_an_interrupt_ends_all_workers_without_a_traceback(experiment, tmp_path) -> None:
     """As Ctrl-C on a terminal, which reaches every process; what is known is published."""
     long = ("proxy.rung_tokens=[10000000]", "processes=2", "seeds=[0,1]")
