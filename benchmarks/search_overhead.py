@@ -36,6 +36,11 @@ CANDIDATES_PER_PROCESS = 120
 
 
 def main() -> None:
+    from search import fork_server
+
+    # As `python -m search` does.
+    fork_server.begin()
+
     from latency.device import Device
 
     arguments = parse_arguments()

@@ -52,9 +52,9 @@ class BlockType:
 
     def operators(self, ffn: str) -> tuple[str, ...]:
         """The block's operators in order."""
-        first, second = self.mixers[0], self.mixers[-1]
-        mixers = [first] * self.ratio[0] + [second] * self.ratio[1]
-        return tuple(op for mixer in mixers for op in (mixer, *[ffn] * self.ffns_per_mixer))
+        ffns = (ffn,) * self.ffns_per_mixer
+        first, second = self.ratio
+        return (self.mixers[0], *ffns) * first + (self.mixers[-1], *ffns) * second
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Genotype:
         """The genotype with other blocks."""
         return Genotype.from_sequence(sequence, self.ffn, self.meta_tokens, self.width)
 
-    @property
+    @cached_property
     def sequence(self) -> tuple[BlockType, ...]:
         """The type of every block, first to last."""
         return tuple(self.blocks[index] for index in self.pattern)
@@ -99,7 +99,8 @@ class Genotype:
     @cached_property
     def operators(self) -> tuple[str, ...]:
         """All operators, first to last."""
-        return tuple(op for block in self.sequence for op in block.operators(self.ffn))
+        parts = [block.operators(self.ffn) for block in self.blocks]
+        return tuple(itertools.chain.from_iterable(parts[index] for index in self.pattern))
 
     def phenotype(self) -> tuple[tuple[str, ...], int, int | None]:
         """Operators, meta tokens and width: equal for all genotypes of one architecture."""
@@ -161,7 +162,7 @@ class Rules:
         return (
             0 < len(genotype.pattern) <= self.max_blocks
             and len(genotype.blocks) <= self.max_block_types
-            and sum(block.num_operators for block in genotype.sequence) <= self.max_operators
+            and len(genotype.operators) <= self.max_operators
             and all(self.allow_block(block) for block in genotype.blocks)
             and genotype.ffn in self.ffns
             and genotype.meta_tokens in self.meta_tokens
@@ -226,8 +227,9 @@ def decompose(operators: Sequence[str], ffn: str, rules: Rules) -> tuple[BlockTy
     units = _units(operators, ffn)
     if units is None or len(operators) > rules.max_operators:
         return None
+    blocks_at = [tuple(_blocks_at(units, start, rules)) for start in range(len(units))]
     for max_types in range(1, rules.max_block_types + 1):
-        sequence = _fewest_blocks(units, max_types, rules)
+        sequence = _fewest_blocks(blocks_at, max_types)
         if sequence is not None and len(sequence) <= rules.max_blocks:
             return sequence
     return None
@@ -251,16 +253,19 @@ def _units(operators: Sequence[str], ffn: str) -> tuple[Unit, ...] | None:
 
 
 def _fewest_blocks(
-    units: tuple[Unit, ...], max_types: int, rules: Rules
+    blocks_at: Sequence[tuple[BlockType, ...]], max_types: int
 ) -> tuple[BlockType, ...] | None:
-    """The shortest sequence of at most `max_types` block types that makes up `units`."""
+    """The shortest sequence of at most `max_types` block types that makes up all units.
+
+    blocks_at: by unit, the block types that could begin there.
+    """
 
     @cache
     def best(start: int, types: frozenset[BlockType]) -> tuple[BlockType, ...] | None:
-        if start == len(units):
+        if start == len(blocks_at):
             return ()
         found: tuple[BlockType, ...] | None = None
-        for block in _blocks_at(units, start, rules):
+        for block in blocks_at[start]:
             if block not in types and len(types) == max_types:
                 continue
             rest = best(start + block.num_mixers, types | {block})
