@@ -23,7 +23,7 @@ from search import run
 from search.config import SearchConfig, read_config
 from search.run import Search
 from search.searcher import Searcher
-from search.worker import Worker
+from search.worker import Worker, WorkerProcess
 from slm.architecture import Architecture
 from slm.config import EXIT_BAD_CONFIG, ConfigError, compose
 
@@ -55,7 +55,7 @@ class CheapSearcher(Searcher):
     @cached_property
     def worker(self) -> Worker:
         """The process that invents scores."""
-        worker = Worker(CheapEvaluator(self.candidates_folder, self.seconds))
+        worker = Worker(CheapEvaluator(self.candidates_folder, self.seconds), early=self.early)
         self.resources.callback(worker.close)
         return worker
 
@@ -83,13 +83,18 @@ class CheapSearcher(Searcher):
 
 
 def cheap_search(
-    folder: Path, num_candidates: int, storage: str, *overrides: str, seconds: float = 0.0
+    folder: Path,
+    num_candidates: int,
+    storage: str,
+    *overrides: str,
+    seconds: float = 0.0,
+    early: WorkerProcess | None = None,
 ) -> Search:
     """A search of the demo's space on three rungs, to be run."""
     folder.mkdir(parents=True, exist_ok=True)
     CheapSearcher.seconds = seconds
     run.Searcher = CheapSearcher  # type: ignore[misc]
-    return Search(config(num_candidates, storage, *overrides), folder)
+    return Search(config(num_candidates, storage, *overrides), folder, early=early)
 
 
 def config(num_candidates: int, storage: str, *overrides: str) -> SearchConfig:

@@ -27,6 +27,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from search.run import Search
+    from search.worker import WorkerProcess
 
 STORAGES = ("sqlite", "journal")
 # Trials whose time is taken at each size.
@@ -36,15 +37,15 @@ CANDIDATES_PER_PROCESS = 120
 
 
 def main() -> None:
-    from search import fork_server
+    from search.worker import WorkerProcess
 
     # As `python -m search` does.
-    fork_server.begin()
+    early = WorkerProcess.start("search.evaluate")
 
     from latency.device import Device
 
     arguments = parse_arguments()
-    process_ms = measure_start() / CANDIDATES_PER_PROCESS
+    process_ms = measure_start(early) / CANDIDATES_PER_PROCESS
     results = {}
     for storage in STORAGES:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,12 +69,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_start() -> float:
+def measure_start(early: WorkerProcess) -> float:
     """Milliseconds from the start of this process until its worker has done a first job."""
     from cheap_search import cheap_search
 
     with tempfile.TemporaryDirectory() as folder:
-        search = cheap_search(Path(folder), CANDIDATES_PER_PROCESS, STORAGES[0])
+        search = cheap_search(Path(folder), CANDIDATES_PER_PROCESS, STORAGES[0], early=early)
         with search.searcher.resources:
             do_first_job(search)
             return 1000 * seconds_since_start()

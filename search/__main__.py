@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the search of the command line; see `configs/search.yaml`."""
-    from search import fork_server
+    from search.worker import WorkerProcess
 
-    # While this process imports what it needs.
-    fork_server.begin()
+    # Both this process and that of the worker take seconds to import what they need.
+    early: WorkerProcess | None = WorkerProcess.start("search.evaluate")
 
     from search.config import read_config, slurm_launcher
     from slm.config import entry_point
@@ -31,9 +31,14 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         folder = Path(HydraConfig.get().runtime.output_dir)
         settings, launcher = read_config(config), slurm_launcher()
+        # In a multirun there are several searches.
+        nonlocal early
+        process, early = early, None
         if launcher is None:
-            Search(settings, folder).run()
+            Search(settings, folder, early=process).run()
         else:
+            if process is not None:
+                process.end(patience_s=0.0)
             SlurmSearch(settings, folder, launcher).run()
 
     entry_point("search", check=read_config)(search)()

@@ -6,11 +6,11 @@ comes first, and its GPU must not stand idle.
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from search import fork_server
 from search.config import SearchConfig
 from search.progress import Progress
 from search.searcher import Searcher
@@ -48,6 +47,8 @@ class Pool:
         self._config = config
         self._folder = run_folder
         self._progress = progress
+        # Not daemons: each has a process of its own that measures and trains.
+        self._context = multiprocessing.get_context("spawn")
         self._members: dict[int, _Member] = {}
 
     def run(self, on_done: OnDone) -> None:
@@ -61,11 +62,9 @@ class Pool:
                 self._listen(connections[connection], connection, on_done)
 
     def _start(self, index: int, deaths: int = 0) -> None:
-        context = fork_server.context()
-        connection, theirs = context.Pipe()
-        # Not a daemon: it has a process of its own that measures and trains.
-        process = context.Process(
-            target=_search, args=(self._config, self._folder, index, theirs, dict(os.environ))
+        connection, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_search, args=(self._config, self._folder, index, theirs)
         )
         process.start()
         theirs.close()
@@ -118,19 +117,12 @@ class Pool:
         self._members = {}
 
 
-def _search(
-    config: SearchConfig,
-    run_folder: Path,
-    index: int,
-    connection: Connection,
-    environment: Mapping[str, str],
-) -> None:
+def _search(config: SearchConfig, run_folder: Path, index: int, connection: Connection) -> None:
     """What the process of a worker does."""
     # Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM perhaps only the first,
     # which passes it on.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    fork_server.take_over(environment)
 
     def send(*message: Any) -> None:
         try:

@@ -17,20 +17,27 @@ from search.overseer import Overseer
 from search.pool import Pool
 from search.progress import Progress
 from search.searcher import Searcher
-from search.worker import JobError
+from search.worker import JobError, WorkerProcess
 
 
 class Search(Overseer):
     """A search in its run folder; make it, then `run` it.
 
-    Raises ConfigError if the folder holds another search under the same name.
+    early: of the worker, if it was started already. Raises ConfigError if the folder holds another
+    search under the same name.
     """
 
     def __init__(
-        self, config: SearchConfig, run_folder: Path, command: Sequence[str] | None = None
+        self,
+        config: SearchConfig,
+        run_folder: Path,
+        command: Sequence[str] | None = None,
+        early: WorkerProcess | None = None,
     ) -> None:
         progress = Progress(config.num_candidates, config.evolution.quality, config.workers)
-        self.searcher = Searcher(config, run_folder, say=progress.say, live=progress.live_of(0))
+        self.searcher = Searcher(
+            config, run_folder, say=progress.say, live=progress.live_of(0), early=early
+        )
         space, study = self.searcher.space, self.searcher.study
         super().__init__(config, run_folder, space, study, progress, command)
 

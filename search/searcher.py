@@ -27,7 +27,7 @@ from search.progress import WAITING
 from search.space import SearchSpace
 from search.study import Claim, StaleTrialError, Study
 from search.target import Target
-from search.worker import JobError, Worker
+from search.worker import JobError, Worker, WorkerProcess
 from slm.architecture import Architecture
 from slm.config import ConfigError
 from slm.kernels.backend import set_backend
@@ -52,8 +52,9 @@ IDLE_SECONDS = 1.0
 class Searcher:
     """Worker number `index` of the search in a run folder.
 
-    say: takes lines, live: what it does at the moment; both for people. Raises ConfigError if the
-    folder holds another search under the name.
+    say: takes lines, live: what it does at the moment; both for people. early: of the process that
+    measures and trains, if it was started already. Raises ConfigError if the folder holds another
+    search under the name.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Searcher:
         index: int = 0,
         say: Callable[[str], None] = print,
         live: Callable[[str], None] = lambda _: None,
+        early: WorkerProcess | None = None,
     ) -> None:
         self.config = config
         self.folder = run_folder
         self.index = index
         self.say, self.live = say, live
+        self.early = early
         self.space = SearchSpace(config.space)
         set_backend(config.backend)
         self.device = Device.current(threads=config.latency_threads)
@@ -140,6 +143,7 @@ class Searcher:
                 devices_per_candidate=self.config.devices_per_candidate,
             ),
             visible_devices(self.index, self.config.devices_per_candidate),
+            self.early,
         )
         self.resources.callback(worker.close)
         return worker

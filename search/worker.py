@@ -1,31 +1,63 @@
 """A supervised worker process: what goes wrong in it costs one job, not the search.
 
-The process is started once and reused, so that compiled code is paid for once. When it crashes,
-hangs or fails, it is ended, and the next job starts a fresh one. It ends by itself when the search
-does.
+The process is started once and reused, so that imports and compiled code are paid for once. When
+it crashes, hangs or fails, it is ended, and the next job starts a fresh one. It ends by itself when
+the search does. One can be started early, to import while the search does so.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
-
-from search import fork_server
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_REPORTS = 0.2
 # For a process to end by itself, once there is nothing more for it to do.
 PATIENCE_SECONDS = 5.0
-# For a scheduler's signal that has ended the process to reach this one as well.
+# By which schedulers end jobs, and time for such a signal to reach this process as well.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SIGNAL_SECONDS = 1.0
 
 # Receives what a job reports about its progress.
 Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """A process that waits to be told what it works for."""
+
+    process: BaseProcess
+    connection: Connection
+
+    @classmethod
+    def start(cls, module: str | None = None) -> WorkerProcess:
+        """Start one, which first imports a module that its work will need."""
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, module), daemon=True)
+        with _interrupts_blocked():
+            process.start()
+        # Once only the process holds its end, its death ends the connection.
+        theirs.close()
+        return cls(process, connection)
+
+    def end(self, patience_s: float) -> None:
+        """Let it clean up after itself for so long, then kill it."""
+        # When it waits for a job, this ends it.
+        self.connection.close()
+        self.process.join(patience_s)
+        self.process.kill()
+        self.process.join()
 
 
 class JobError(Exception):
@@ -38,18 +70,24 @@ class Worker:
     target: a picklable object; the process gets its copy when it starts. Each method that is run
     takes a keyword `report`, to be called with progress.
     visible_devices: the GPUs of the process, as CUDA_VISIBLE_DEVICES has them; None: all.
+    early: a process that was started before and has not been told anything, to be the first.
     """
 
-    def __init__(self, target: object, visible_devices: str | None = None) -> None:
+    def __init__(
+        self,
+        target: object,
+        visible_devices: str | None = None,
+        early: WorkerProcess | None = None,
+    ) -> None:
         self._target = target
         self._visible_devices = visible_devices
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._early = early
+        self._running: WorkerProcess | None = None
 
     @property
     def pid(self) -> int | None:
         """Of the process, if there is one."""
-        return self._process.pid if self._process is not None else None
+        return self._running.process.pid if self._running is not None else None
 
     def run(
         self,
@@ -68,10 +106,10 @@ class Worker:
         """
         deadline = time.monotonic() + time_limit_s
         try:
-            connection = self._start()
-            connection.send((method, arguments))
+            self._start()
+            self._send(method, arguments)
             while True:
-                kind, value = self._receive(connection, deadline, on_wait)
+                kind, value = self._receive(deadline, on_wait)
                 if kind == "result":
                     return value
                 if kind == "error":
@@ -86,36 +124,31 @@ class Worker:
         self._end(PATIENCE_SECONDS)
 
     def _end(self, patience_s: float) -> None:
-        if self._process is not None and self._connection is not None:
-            # When it waits for a job, this ends it.
-            self._connection.close()
-            self._process.join(patience_s)
-            self._process.kill()
-            self._process.join()
-        self._process = self._connection = None
+        for each in (self._running, self._early):
+            if each is not None:
+                each.end(patience_s)
+        self._running = self._early = None
 
-    def _start(self) -> Connection:
-        if self._process is None or self._connection is None:
-            context = fork_server.context()
-            connection, theirs = context.Pipe()
+    def _start(self) -> None:
+        if self._running is None:
+            self._running, self._early = self._early or WorkerProcess.start(), None
             environment = dict(os.environ)
             if self._visible_devices is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self._visible_devices
-            process = context.Process(
-                target=_serve, args=(self._target, theirs, environment), daemon=True
-            )
-            with fork_server.signals_blocked():
-                process.start()
-                # Not before it runs: if starting it fails, there is none to be ended.
-                self._process, self._connection = process, connection
-            # Once only the process holds its end, its death ends the connection.
-            theirs.close()
-        return self._connection
+            self._send(self._target, environment)
 
-    def _receive(
-        self, connection: Connection, deadline: float, on_wait: Callable[[], None]
-    ) -> tuple[str, Any]:
+    def _send(self, *message: Any) -> None:
+        """Raises JobError if the process is dead."""
+        assert self._running is not None
+        try:
+            self._running.connection.send(message)
+        except ConnectionError:
+            raise JobError(self._cause_of_death()) from None
+
+    def _receive(self, deadline: float, on_wait: Callable[[], None]) -> tuple[str, Any]:
         """The next message of the process. Raises JobError when there will be none in time."""
+        assert self._running is not None
+        connection = self._running.connection
         try:
             while time.monotonic() < deadline:
                 on_wait()
@@ -126,13 +159,14 @@ class Worker:
         raise JobError("took longer than its time limit")
 
     def _cause_of_death(self) -> str:
-        assert self._process is not None
-        self._process.join()
-        if -(self._process.exitcode or 0) in fork_server.STOPPING:
+        assert self._running is not None
+        process = self._running.process
+        process.join()
+        if -(process.exitcode or 0) in STOPPING:
             # No candidate does that. A scheduler's signal reaches every process of a job: what it
             # means for the search is decided by its own handler, here.
             time.sleep(SIGNAL_SECONDS)
-        return f"the worker process {how_it_ended(self._process.exitcode or 0)}"
+        return f"the worker process {how_it_ended(process.exitcode or 0)}"
 
 
 def how_it_ended(exit_code: int) -> str:
@@ -152,11 +186,28 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _serve(target: object, connection: Connection, environment: Mapping[str, str]) -> None:
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C waits, for this thread until the end, for a process that it starts until `_serve`.
+
+    While a process starts it imports much; a Ctrl-C then would end it with a traceback.
+    """
+    # It is started with the first process, and would unblock them.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Connection, module: str | None) -> None:
     """The process: run jobs until the search is gone."""
     # Ctrl-C reaches every process of the terminal; the search decides what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fork_server.take_over(environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if module is not None:
+        import_module(module)
     last_report_s = 0.0
 
     def report(progress: dict[str, Any]) -> None:
@@ -166,6 +217,9 @@ def _serve(target: object, connection: Connection, environment: Mapping[str, str
             connection.send(("report", progress))
 
     try:
+        target, environment = connection.recv()
+        # The search has gone on since this process was started.
+        os.environ.update(environment)
         while True:
             method, arguments = connection.recv()
             try:

@@ -38,12 +38,14 @@ def native_library(source: Path) -> ctypes.CDLL | None:
         return None
     path = _library_path(source)
     try:
+        if (found := _load(path)) is not None:
+            return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            found = _load(path)
-            if found is None:
+            # Another process may have been faster.
+            if (found := _load(path)) is None:
                 _build(source, path)
-                found = _load(path)
+                found = ctypes.CDLL(str(path))
     except OSError as error:
         log.warning("%s is not used: %s", source.name, error)
         return None
@@ -66,7 +68,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        log.warning("%s: not a library (%s); built anew", path, error)
+        log.warning("%s: not a library that can be used (%s); built anew", path, error)
         return None
 
 

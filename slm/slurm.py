@@ -33,12 +33,14 @@ ENDED = frozenset(
         *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     )
 )
-# After these there may be a result, which is not seen here yet.
-MAY_HAVE_RESULT = frozenset(("COMPLETED", "FAILED"))
+# Of these, those after which no result is waited for.
+LOST = frozenset(("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED"))
 # Between two looks at the queue: few, for many users look at the same one.
 MIN_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 15.0
 PAUSE_SHARE = 0.05
+# For the queue to answer, which it does not while its server is restarted, or very busy.
+ANSWER_SECONDS = 60.0
 # For a file to be seen on another machine.
 FILE_SECONDS = 10.0
 # What submitit calls options in its own words; the others are sbatch's.
@@ -109,15 +111,17 @@ def queue_states() -> dict[str, str] | None:
 
 
 def is_alive(job_id: str) -> bool:
-    """Whether a job waits or runs. Raises ConfigError if the queue does not answer."""
-    states = queue_states()
-    if states is None:
-        raise ConfigError(
-            [
-                f"hydra/launcher: squeue does not answer, so whether Slurm's job {job_id}, from "
-                "before, still runs is not known; try again when it does"
-            ]
-        )
+    """Whether a job waits or runs. Raises ConfigError if for long the queue does not answer."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while (states := queue_states()) is None:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                [
+                    f"hydra/launcher: squeue does not answer, so whether Slurm's job {job_id}, "
+                    "from before, still runs is not known; try again when it does"
+                ]
+            )
+        time.sleep(MIN_PAUSE_SECONDS)
     return states.get(job_id, "COMPLETED") not in ENDED
 
 
@@ -140,8 +144,8 @@ class Watch:
             elif states is not None and states.get(job.job_id, "COMPLETED") in ENDED:
                 state = states.get(job.job_id)
                 missed_s = self._missed_s.setdefault(job.job_id, time.monotonic())
-                may_have_result = state is None or state in MAY_HAVE_RESULT
-                if not may_have_result or time.monotonic() - missed_s > FILE_SECONDS:
+                # It may have ended well, and its result not be seen here yet.
+                if state in LOST or time.monotonic() - missed_s > FILE_SECONDS:
                     found[job.job_id] = self._reason(state)
             else:
                 self._missed_s.pop(job.job_id, None)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from slm.native import native_library
 from slm.operators import Operator
 
-# A row this short is left as it is, rather than blown up: division by zero would make it NaN.
+# A vector is divided by no less: zeros stay zeros, rather than becoming NaN.
 SMALLEST_NORM = 1e-12
 # Of the model itself, those whose rows are vectors of the stream.
 EMBEDDINGS = ("embedding.weight", "head.weight")
@@ -67,6 +67,8 @@ def project(model: nn.Module, embeddings: bool = False) -> None:
                 ctypes.c_float(SMALLEST_NORM),
                 torch.get_num_threads(),
             )
+            # For whoever remembers what it has computed from the weight.
+            torch.autograd.graph.increment_version(weight)
 
 
 def attach(optimizer: Optimizer, model: nn.Module, embeddings: bool = False) -> RemovableHandle:
@@ -86,7 +88,7 @@ def _scales(weight: Tensor, axis: int) -> Tensor:
 
 
 def _is_worth_a_native_function(weight: Tensor) -> bool:
-    """Whether it is large, in fp32, whole and on a CPU."""
-    is_whole = type(weight) is nn.Parameter and weight.is_contiguous()
+    """Whether it is a large matrix in fp32, whole and on a CPU."""
+    is_whole = type(weight) is nn.Parameter and weight.ndim == 2 and weight.is_contiguous()
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     return is_whole and is_plain and weight.nbytes >= NATIVE_BYTES

@@ -458,8 +458,8 @@ def test_workers_share_a_search_and_one_that_is_killed_or_frozen_loses_nothing(
         if line.startswith("#1 "):
             break
     children = psutil.Process(process.pid).children()
-    (server,) = [child for child in children if "forkserver" in " ".join(child.cmdline())]
-    killed, frozen = (each for each in server.children() if each.children())
+    searchers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    killed, frozen = (each for each in searchers if each.children())
     killed.kill()
     frozen.suspend()
     rest = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from search.worker import JobError, Worker
+from search.worker import JobError, Worker, WorkerProcess
 
 LIMIT_S = 30.0
 
@@ -23,6 +23,12 @@ class Target:
     def multiply(self, number, report):
         report({"number": number})
         return os.getpid(), self.factor * number
+
+    def variable(self, name, report):
+        return os.environ.get(name)
+
+    def has_imported(self, module, report):
+        return module in sys.modules
 
     def crash(self, report):
         os._exit(3)
@@ -54,6 +60,40 @@ def test_the_process_is_reused_and_reports(worker):
     assert (first[1], second[1]) == (15, 18)
     assert first[0] == second[0] != os.getpid()
     assert reports == [{"number": 5}]
+
+
+def test_a_process_that_was_started_early_is_the_first(monkeypatch):
+    early = WorkerProcess.start("colorsys")
+    # After it was started.
+    monkeypatch.setenv("SLM_OF_THE_SEARCH", "yes")
+    worker = Worker(Target(factor=3), visible_devices="5", early=early)
+    try:
+        assert worker.run("multiply", 1, time_limit_s=LIMIT_S) == (early.process.pid, 3)
+        assert worker.run("has_imported", "colorsys", time_limit_s=LIMIT_S)
+        assert worker.run("variable", "SLM_OF_THE_SEARCH", time_limit_s=LIMIT_S) == "yes"
+        assert worker.run("variable", "CUDA_VISIBLE_DEVICES", time_limit_s=LIMIT_S) == "5"
+        with pytest.raises(JobError):
+            worker.run("crash", time_limit_s=LIMIT_S)
+        assert worker.run("multiply", 1, time_limit_s=LIMIT_S)[0] != early.process.pid
+        assert worker.run("variable", "CUDA_VISIBLE_DEVICES", time_limit_s=LIMIT_S) == "5"
+    finally:
+        worker.close()
+
+
+def test_a_process_that_was_started_early_and_not_needed_ends():
+    early = WorkerProcess.start()
+    Worker(Target(factor=3), early=early).close()
+    assert early.process.exitcode == 0
+
+
+def test_an_early_process_that_died_costs_one_job():
+    early = WorkerProcess.start()
+    early.process.kill()
+    worker = Worker(Target(factor=3), early=early)
+    with pytest.raises(JobError, match="ended by SIGKILL"):
+        worker.run("multiply", 1, time_limit_s=LIMIT_S)
+    assert worker.run("multiply", 1, time_limit_s=LIMIT_S)[1] == 3
+    worker.close()
 
 
 @pytest.mark.parametrize(

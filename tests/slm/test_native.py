@@ -45,7 +45,7 @@ def test_what_is_no_library_is_named_and_built_anew(
     library = native.native_library(source)
     assert library is not None
     assert library.answer() == 42
-    assert f"{path}: not a library" in caplog.text
+    assert f"{path}: not a library that can be used" in caplog.text
 
 
 def test_a_source_that_cannot_be_built_is_named(

@@ -1,6 +1,7 @@
 """Weight normalization puts the stream's vectors on the unit sphere, and touches nothing else."""
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -72,13 +73,25 @@ def test_a_row_of_zeros_stays(model: LanguageModel) -> None:
     assert weight.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("compiler", ["g++", "no-such-compiler", "false"])
+@pytest.fixture
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The one that libraries are built with."""
+    monkeypatch.setenv("CXX", request.param)
+    native_library.cache_clear()
+    yield request.param
+    native_library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["g++", "no-such-compiler", "false"], indirect=True)
 def test_large_matrices_as_small_ones(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those that C++ projects; without a compiler, or with one that fails, torch does."""
-    native_library.cache_clear()
-    monkeypatch.setenv("CXX", compiler)
+    by_torch: list[int] = []
+    scales = weight_norm._scales
+    monkeypatch.setattr(
+        weight_norm, "_scales", lambda weight, axis: by_torch.append(axis) or scales(weight, axis)
+    )
     # Of 2.2 and 2.4 MB; no size is a multiple of what is done at once.
     model = LanguageModel(
         Architecture.parse("width=346 vocab_size=50 | ffn(ratio=4.9,multiple_of=1)")
@@ -88,11 +101,14 @@ def test_large_matrices_as_small_ones(
     matrices[0][0].data[7] = 0
     matrices[1][0].data[:, 9] = 0
     expected = [torch.nn.functional.normalize(w.double(), dim=axis) for w, axis in matrices]
+    versions = [weight._version for weight, _ in matrices]
     weight_norm.project(model)
     for (weight, _), each in zip(matrices, expected, strict=True):
         torch.testing.assert_close(weight.double(), each, atol=1e-6, rtol=1e-6)
+    assert by_torch == ([] if compiler == "g++" else [1, 0])
+    # As any change in place is seen.
+    assert all(weight._version > old for (weight, _), old in zip(matrices, versions, strict=True))
     assert ("weight_norm.cpp is not used" in caplog.text) == (compiler == "false")
-    native_library.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(1000, 4000), (3, 90000), (5000, 7), (1, 1)])
