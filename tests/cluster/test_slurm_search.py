@@ -8,9 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
 
 import optuna
 import psutil
@@ -57,12 +55,33 @@ def search(root: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def held_claims(url: str) -> list[dict[str, Any]]:
-    """Claims that are held, the newest first."""
+def held_by(url: str) -> list[int]:
+    """Processes that hold claims."""
     study = optuna.load_study(study_name="many", storage=url)
     running = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
-    running.sort(key=lambda trial: cast(datetime, trial.datetime_start), reverse=True)
-    return [trial.user_attrs["claim"] for trial in running]
+    return [trial.user_attrs["claim"]["owner"]["pid"] for trial in running]
+
+
+def freeze_with_claims(
+    cluster: SlurmCluster, url: str, count: int
+) -> tuple[list[psutil.Process], dict[int, str]]:
+    """Stop all workers at a moment at which so many of them hold claims.
+
+    The workers, and the number of each one's job by its process.
+    """
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
+        by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
+        workers = [psutil.Process(pid) for pid in by_pid]
+        for worker in workers:
+            worker.suspend()
+        if len(workers) == NUM_WORKERS and len(set(held_by(url)) & set(by_pid)) >= count:
+            return workers, by_pid
+        for worker in workers:
+            worker.resume()
+        time.sleep(0.3)
+    raise AssertionError(f"no {count} of {NUM_WORKERS} workers hold claims")
 
 
 def test_a_search_comes_to_its_end_whoever_is_left(
@@ -81,22 +100,24 @@ def test_a_search_comes_to_its_end_whoever_is_left(
         line = command.stdout.readline()
         assert line, said
         said += line
-    owners = [claim["owner"]["pid"] for claim in wait_for_claims(postgresql, 3)]
-    jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
-    by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
-    # Who has begun last will not be done before it is ended.
-    killed, cancelled, requeued = [pid for pid in owners if pid in by_pid][:3]
+    frozen, by_pid = freeze_with_claims(cluster, postgresql, 3)
+    killed, cancelled, requeued, *_ = (pid for pid in held_by(postgresql) if pid in by_pid)
+    command.kill()
+    command.wait()
+    again = start(*search)
+    assert again.stdout is not None
+    found = [again.stdout.readline() for _ in range(NUM_WORKERS + 1)]
+    # The target comes between them.
+    assert sum(", from before" in line for line in found) == NUM_WORKERS, found
     psutil.Process(killed).send_signal(signal.SIGKILL)
     cluster.run("scancel", by_pid[cancelled])
     # As Slurm does by itself, `signal_delay_s` before a job's time is over.
     cluster.run("scancel", "--signal=USR2", by_pid[requeued])
-    command.kill()
-    command.wait()
-
-    again = start(*search)
+    for process in frozen:
+        if process.pid != killed:
+            process.resume()
     output = again.communicate(timeout=TIMEOUT_SECONDS)[0]
     assert again.returncode == 0, output
-    assert f"is Slurm's job {by_pid[requeued]}, from before" in output
     assert "Restarts=1 " in cluster.run("scontrol", "show", "job", by_pid[requeued])
 
     study = optuna.load_study(study_name="many", storage=postgresql)
@@ -108,10 +129,9 @@ def test_a_search_comes_to_its_end_whoever_is_left(
     assert scored == dict.fromkeys(range(NUM_CANDIDATES), 1)
     lost = [t for t in study.trials if t.state == TrialState.FAIL and "dropped" not in t.user_attrs]
     pids = {trial.user_attrs["claim"]["owner"]["pid"] for trial in lost}
-    # Who is queued again may have come to the end of its candidate before it was told.
-    assert {killed, cancelled} <= pids <= {killed, cancelled, requeued}
+    assert pids == {killed, cancelled, requeued}
     released = [t.user_attrs["released"] for t in lost if "released" in t.user_attrs]
-    assert released == ["interrupted by KeyboardInterrupt"] * (len(pids) - 1)
+    assert released == ["interrupted by KeyboardInterrupt"] * 2
 
     run_folder = tmp_path / "runs" / "many"
     described = json.loads((run_folder / "search.json").read_text())
@@ -128,11 +148,3 @@ def test_a_search_comes_to_its_end_whoever_is_left(
         if path.is_file():
             assert postgresql_server.password.encode() not in path.read_bytes(), path
     assert os.environ["PGPASSWORD"] == postgresql_server.password
-
-
-def wait_for_claims(url: str, count: int) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(found := held_claims(url)) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
