@@ -30,9 +30,11 @@ demo: $(READY)
 	$(PYTHON) -m slm.hub.export checkpoint=$(RUN)/train/checkpoints/last.ckpt out=$(RUN)/export prompt=ROMEO.
 	$(PYTHON) -m search.report $(RUN)
 
-# A process per CPU, four at most: each holds torch, and a module's tests stay in one process.
+# A process more than there are CPUs, since some wait for programs that they have started; four at
+# most: each holds torch, and a module's tests stay in one process.
+PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 test: $(READY) lint
-	$(PYTHON) -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
+	$(PYTHON) -m pytest --numprocesses=$(PROCESSES) --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
