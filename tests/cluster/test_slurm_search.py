@@ -74,12 +74,15 @@ def freeze_with_claims(
         jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
         by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
         workers = [psutil.Process(pid) for pid in by_pid]
-        for worker in workers:
-            worker.suspend()
-        if len(workers) == NUM_WORKERS and len(set(held_by(url)) & set(by_pid)) >= count:
-            return workers, by_pid
-        for worker in workers:
-            worker.resume()
+        if len(workers) == NUM_WORKERS:
+            for worker in workers:
+                worker.suspend()
+            # What they have told the database last is done by then.
+            time.sleep(1.0)
+            if len(set(held_by(url)) & set(by_pid)) >= count:
+                return workers, by_pid
+            for worker in workers:
+                worker.resume()
         time.sleep(0.3)
     raise AssertionError(f"no {count} of {NUM_WORKERS} workers hold claims")
 
@@ -131,7 +134,8 @@ def test_a_search_comes_to_its_end_whoever_is_left(
     pids = {trial.user_attrs["claim"]["owner"]["pid"] for trial in lost}
     assert pids == {killed, cancelled, requeued}
     released = [t.user_attrs["released"] for t in lost if "released" in t.user_attrs]
-    assert released == ["interrupted by KeyboardInterrupt"] * 2
+    # Who was stopped while it made a claim cannot release it; that is taken from the dead then.
+    assert set(released) == {"interrupted by KeyboardInterrupt"}
 
     run_folder = tmp_path / "runs" / "many"
     described = json.loads((run_folder / "search.json").read_text())

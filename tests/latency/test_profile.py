@@ -37,7 +37,7 @@ def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     device, workload, architecture, protocol
 ):
     assert profile(architecture, workload, device, protocol).placements == 1
-    easy = replace(protocol, max_seconds=60.0, max_interval_percent=1e6)
+    easy = replace(protocol, max_seconds=30.0, max_interval_percent=1e6)
     begin_s = time.monotonic()
     found = profile(architecture, workload, device, easy)
     easy_seconds = time.monotonic() - begin_s
