@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -67,24 +68,32 @@ def freeze_with_claims(
 ) -> tuple[list[psutil.Process], dict[int, str]]:
     """Stop all workers at a moment at which so many of them hold claims.
 
-    The workers, and the number of each one's job by its process.
+    The processes that are stopped, and the number of each worker's job by its process.
     """
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         jobs = [job_id for job_id, state in cluster.jobs().items() if state == "RUNNING"]
         by_pid = {each.pid: job_id for job_id in jobs for each in cluster.processes(job_id)}
-        workers = [psutil.Process(pid) for pid in by_pid]
-        if len(workers) == NUM_WORKERS:
-            for worker in workers:
-                worker.suspend()
+        if len(by_pid) == NUM_WORKERS:
+            workers = [psutil.Process(pid) for pid in by_pid]
+            # Those that train, too: who is woken to be told must not find that all is done.
+            processes = [p for worker in workers for p in (worker, *worker.children(True))]
+            for process in processes:
+                process.suspend()
             # What they have told the database last is done by then.
             time.sleep(1.0)
             if len(set(held_by(url)) & set(by_pid)) >= count:
-                return workers, by_pid
-            for worker in workers:
-                worker.resume()
+                return processes, by_pid
+            resume(processes)
         time.sleep(0.3)
     raise AssertionError(f"no {count} of {NUM_WORKERS} workers hold claims")
+
+
+def resume(processes: list[psutil.Process]) -> None:
+    """Those that are still there."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def test_a_search_comes_to_its_end_whoever_is_left(
@@ -116,9 +125,7 @@ def test_a_search_comes_to_its_end_whoever_is_left(
     cluster.run("scancel", by_pid[cancelled])
     # As Slurm does by itself, `signal_delay_s` before a job's time is over.
     cluster.run("scancel", "--signal=USR2", by_pid[requeued])
-    for process in frozen:
-        if process.pid != killed:
-            process.resume()
+    resume(frozen)
     output = again.communicate(timeout=TIMEOUT_SECONDS)[0]
     assert again.returncode == 0, output
     assert "Restarts=1 " in cluster.run("scontrol", "show", "job", by_pid[requeued])
