@@ -95,13 +95,13 @@ class Timed:
         self.seconds = 0.0
 
     @contextmanager
-    def turn(self, study_id: int) -> Iterator[None]:
+    def turn(self, study_id: int) -> Iterator[bool]:
         """Of a turn, the time of waiting for it."""
         with ExitStack() as stack:
             begin_s = time.monotonic()
-            stack.enter_context(self._inner.turn(study_id))
+            waited = stack.enter_context(self._inner.turn(study_id))
             self.seconds += time.monotonic() - begin_s
-            yield
+            yield waited
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -229,10 +229,10 @@ def end_with_parent() -> None:
 def time_storage(searcher: Searcher) -> Callable[[], float]:
     """Time the calls of a searcher's storage; tells the seconds so far."""
     study = searcher.study
-    cached, stored = Timed(study._storage), Timed(study._stored)
-    study._storage = study._study._storage = cached  # type: ignore[assignment]
-    study._stored = study.clock = stored  # type: ignore[assignment]
-    return lambda: cached.seconds + stored.seconds
+    facts, trials = Timed(study._study._storage), Timed(study.storage)
+    study._study._storage = facts  # type: ignore[assignment]
+    study.storage = study.clock = trials  # type: ignore[assignment]
+    return lambda: facts.seconds + trials.seconds
 
 
 def run_to_end(workers: Workers, rng: random.Random, arguments: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ class Claim:
         self.proposal = proposal
         self.rung: int = claim["rung"]
         self._claim = claim
-        self._storage = study._storage
+        self._storage = study.storage
         self._clock = study.clock
         self._trial_id = trial_id
         self._is_open = True
@@ -71,9 +71,9 @@ class Claim:
 
         excess_ms: beyond the search's own target first, then beyond each limit.
         """
-        self._note("result", json.dumps(result))
-        self._write(self._storage.set_trial_system_attr, CONSTRAINTS, list(excess_ms))
-        self._finish(TrialState.COMPLETE, values)
+        attributes = {"result": json.dumps(result)}, {CONSTRAINTS: list(excess_ms)}
+        self._write(self._storage.complete_trial, values, *attributes)
+        self._is_open = False
 
     def fail(self, error: str, result: Mapping[str, Any]) -> None:
         """Record that the candidate cannot be scored, and what else is known."""
@@ -113,8 +113,8 @@ class Claim:
     def _note(self, key: str, value: Any) -> None:
         self._write(self._storage.set_trial_user_attr, key, value)
 
-    def _finish(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        self._write(self._storage.set_trial_state_values, state, values)
+    def _finish(self, state: TrialState) -> None:
+        self._write(self._storage.set_trial_state_values, state)
         self._is_open = False
 
     def _write(self, write: Any, *arguments: Any) -> None:

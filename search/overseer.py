@@ -22,7 +22,7 @@ from search.study import Study
 
 # Files are written anew at most so often, and never for more than this share of the time.
 SECONDS_BETWEEN_FILES = 2.0
-SHARE_FOR_FILES = 0.05
+SHARE_FOR_FILES = 0.02
 
 
 class Overseer:

@@ -81,12 +81,9 @@ class PostgreSQLStorage(RelationalStorage):
     Raises ConfigError without a driver or a server, and when the server has been gone for too long.
     """
 
-    # When a study is opened, and all the time; `create_new_trial` is done anew by Optuna itself.
+    # When a study is opened, and all the time; `add_trial` is done anew by Optuna itself.
     create_new_study = _retried(RelationalStorage.create_new_study)
     get_study_id_from_name = _retried(RelationalStorage.get_study_id_from_name)
-    get_trial_id_from_study_id_trial_number = _retried(
-        RelationalStorage.get_trial_id_from_study_id_trial_number
-    )
     get_study_name_from_id = _retried(RelationalStorage.get_study_name_from_id)
     get_study_directions = _retried(RelationalStorage.get_study_directions)
     get_study_system_attrs = _retried(RelationalStorage.get_study_system_attrs)
@@ -95,8 +92,8 @@ class PostgreSQLStorage(RelationalStorage):
     set_study_user_attr = _retried(RelationalStorage.set_study_user_attr)
     settle_study_user_attr = _retried(RelationalStorage.settle_study_user_attr)
     set_trial_user_attr = _retried(RelationalStorage.set_trial_user_attr)
-    set_trial_system_attr = _retried(RelationalStorage.set_trial_system_attr)
     set_trial_state_values = _retried(RelationalStorage.set_trial_state_values)
+    complete_trial = _retried(RelationalStorage.complete_trial)
     _get_trials = _retried(RelationalStorage._get_trials)
 
     def __init__(self, url: str) -> None:
@@ -146,14 +143,14 @@ class PostgreSQLStorage(RelationalStorage):
         return now - max(heartbeat, start)
 
     @contextmanager
-    def turn(self, study_id: int) -> Iterator[None]:
+    def turn(self, study_id: int) -> Iterator[bool]:
         """Within the block no other process has its turn, unless this one is silent for too long.
 
         They come in order. Who waits does so in its one connection.
         """
         connection = self._wait_for_turn(study_id)
         try:
-            yield
+            yield True
         finally:
             # The lock goes with the transaction; if that has been ended, nothing depends on it.
             with suppress(DBAPIError):

@@ -255,7 +255,6 @@ class Searcher:
             self.study.reap()
             if not self.study.num_running or len(self.study.changes) > num_changes:
                 with self.study.turn():
-                    self.study.refresh()
                     step, claim = self._choose()
                 if claim is not None:
                     return claim

@@ -21,7 +21,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,18 +109,16 @@ class Study:
         self.records: list[Record] = []
         self.changes: list[int] = []
         self.history = History()
+        self.storage = storage
         self._study = study
-        # Optuna keeps a copy of what it has read from a database before it.
-        self._storage = study._storage
-        self._stored = storage
         self._space = space
         most = max(space.config.max_operators, *space.config.meta_tokens)
         self._distribution = optuna.distributions.IntDistribution(0, most)
         # Of each candidate the trials that were not dropped, all by number.
         self._trials: dict[int, dict[int, FrozenTrial]] = {}
-        # Trials that have been read, and those of them that can still change, in order; the others
+        # The last trial that has been read, and those that can still change, in order; the others
         # are not looked at again.
-        self._num_read = 0
+        self._last: FrozenTrial | None = None
         self._open: dict[int, FrozenTrial] = {}
 
     @classmethod
@@ -180,7 +178,7 @@ class Study:
 
         Of several processes that do so at once one is the first, and all get its fact.
         """
-        return self._stored.settle_study_user_attr(self._study._study_id, key, value)
+        return self.storage.settle_study_user_attr(self._study._study_id, key, value)
 
     def fact(self, key: str) -> Any:
         """A fact that `settle` stored, or None."""
@@ -199,15 +197,16 @@ class Study:
 
     def refresh(self) -> None:
         """Read what has happened since the last time."""
-        trials = self._study.get_trials(deepcopy=False)
-        self._take([trials[number] for number in self._open] + trials[self._num_read :])
+        study_id = self._study._study_id
+        self._take(self.storage.changed_trials(study_id, self._open.values(), self._last))
 
     def _take(self, trials: Iterable[FrozenTrial]) -> None:
         """Take over trials, in the order of their numbers, that are new or may have changed."""
         changed: set[int] = set()
         for trial in trials:
             number, is_new = _proposal(trial)["number"], trial.number >= self._num_read
-            self._num_read = max(self._num_read, trial.number + 1)
+            if is_new:
+                self._last = trial
             if trial.state.is_finished():
                 self._open.pop(trial.number, None)
             else:
@@ -229,13 +228,17 @@ class Study:
             self.changes.append(number)
             self.history.put(record.candidate)
 
-    def turn(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
         """A block in which to choose what to claim, for one process at a time.
 
         Many that chose at once would choose the same, and all but one would have to undo it. Who
         chooses out of turn does no harm.
         """
-        return self._stored.turn(self._study._study_id)
+        with self.storage.turn(self._study._study_id) as others_may_have_had_theirs:
+            if others_may_have_had_theirs:
+                self.refresh()
+            yield
 
     def propose(self, proposal: Proposal) -> Claim | None:
         """Add a candidate and claim it; None if another process added one of that number first."""
@@ -255,9 +258,10 @@ class Study:
         return None
 
     def reap(self) -> int:
-        """Fail the trials of dead owners, which queues their candidates; how many."""
-        if not self._open:
-            return 0
+        """Fail the trials of dead owners, which queues their candidates; how many.
+
+        What has happened is read before and after.
+        """
         self.refresh()
         count = 0
         for trial in list(self._open.values()):
@@ -266,7 +270,7 @@ class Study:
             if silent_seconds > self.lease_seconds or owner.is_dead():
                 try:
                     # In one step: a trial that is failed without a word was lost.
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
                 except UpdateFinishedTrialError:
                     # Another process was faster, or the owner was done after all.
                     continue
@@ -286,6 +290,11 @@ class Study:
         }
 
     @property
+    def _num_read(self) -> int:
+        """Trials that have been read."""
+        return 0 if self._last is None else self._last.number + 1
+
+    @property
     def num_running(self) -> int:
         """Candidates that somebody works on."""
         return len(self._open)
@@ -300,18 +309,15 @@ class Study:
             params=parameters,
             distributions={**dict.fromkeys(parameters, self._distribution), "rung": RUNGS},
         )
-        study_id = self._study._study_id
-        trial_id = self._storage.create_new_trial(study_id, trial)
-        number = self._num_read
-        if self._storage.get_trial_id_from_study_id_trial_number(study_id, number) == trial_id:
+        trial = self.storage.add_trial(self._study._study_id, trial)
+        if trial.number == self._num_read:
             # It follows what is known: nobody else has created one since.
-            trial.number, trial._trial_id = number, trial_id
             self._take([trial])
         else:
             self.refresh()
-        result = Claim(self, trial_id, proposal, claim)
+        result = Claim(self, trial._trial_id, proposal, claim)
         standing = _standing(self._trials[proposal.number].values(), rung)
-        if standing is None or standing._trial_id != trial_id:
+        if standing is None or standing._trial_id != trial._trial_id:
             with suppress(StaleTrialError):
                 # Unless we have been taken for dead, and it was failed already.
                 result.drop()

@@ -92,7 +92,7 @@ def test_the_clock_is_the_servers(
 
 def test_sessions_that_the_server_ends_cost_nothing(study: optuna.Study) -> None:
     """Both where a connection has rested and in the middle of a transaction."""
-    trial_id = study.ask()._trial_id
+    first_id = study.ask()._trial_id
     backend = study._storage._backend
     cut_at: list[str] = []
 
@@ -103,13 +103,23 @@ def test_sessions_that_the_server_ends_cost_nothing(study: optuna.Study) -> None
 
     sqlalchemy.event.listen(backend.engine, "before_cursor_execute", end_session)
     cut_at.append("INSERT INTO trial_user_attributes")
-    study._storage.set_trial_user_attr(trial_id, "a", 1)
-    end_sessions()
-    study._storage.set_trial_state_values(trial_id, optuna.trial.TrialState.COMPLETE, [2.0])
-    assert not cut_at
+    study._storage.set_trial_user_attr(first_id, "a", 1)
+    for statement in ("UPDATE trials", "INSERT INTO trial_system_attributes"):
+        trial_id = study.ask()._trial_id
+        study._storage.set_trial_user_attr(trial_id, "a", 1)
+        end_sessions()
+        cut_at.append(statement)
+        backend.complete_trial(trial_id, [2.0], {"b": 2}, {"c": 3})
+        assert not cut_at
+        trial = backend.get_trial(trial_id)
+        assert (trial.state, trial.values) == (optuna.trial.TrialState.COMPLETE, [2.0])
+        assert (trial.user_attrs, trial.system_attrs) == ({"a": 1, "b": 2}, {"c": 3})
+    backend.complete_trial(first_id, [2.0], {}, {})
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        backend.complete_trial(first_id, [3.0], {"b": 2}, {})
     for statement in ("FROM studies", "FROM trials", "FROM trial_params", "FROM trial_values"):
         cut_at.append(statement)
-        (trial,) = backend.get_all_trials(study._study_id)
+        trial, *_ = backend.get_all_trials(study._study_id)
         assert (trial.user_attrs, trial.values) == ({"a": 1}, [2.0])
         assert not cut_at
     cut_at.append("clock_timestamp()")

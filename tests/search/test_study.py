@@ -173,7 +173,7 @@ def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
         statements[-1] += 1
         parameters[-1] += "trial_params" in statement
 
-    sqlalchemy.event.listen(study._storage._backend.engine, "before_cursor_execute", count)
+    sqlalchemy.event.listen(study.storage.engine, "before_cursor_execute", count)
     for loss in range(12):
         statements.append(0)
         parameters.append(0)
@@ -261,10 +261,10 @@ def test_an_owner_elsewhere_is_dead_only_when_its_lease_is_over(tmp_path):
     (trial,) = study._study.trials
     stranger = asdict(study.owner) | {"host": "elsewhere", "started": 1.0}
     claim = trial.user_attrs["claim"] | {"owner": stranger}
-    study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
+    study.storage.set_trial_user_attr(trial._trial_id, "claim", claim)
     assert study.reap() == 0
     claim["heartbeat"] = time.time() - 121
-    study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
+    study.storage.set_trial_user_attr(trial._trial_id, "claim", claim)
     assert study.reap() == 1
 
 
@@ -290,7 +290,7 @@ def test_a_candidate_that_kills_its_owners_is_given_up(tmp_path):
             study.take_queued()
         (trial,) = [trial for trial in study._study.trials if not trial.state.is_finished()]
         claim = trial.user_attrs["claim"] | {"owner": dead}
-        study._storage.set_trial_user_attr(trial._trial_id, "claim", claim)
+        study.storage.set_trial_user_attr(trial._trial_id, "claim", claim)
         assert study.reap() == 1
     (record,) = study.records
     assert record.state == "failed"
@@ -328,7 +328,7 @@ def test_what_is_to_be_dropped_may_have_been_taken_away(tmp_path, monkeypatch):
 
     def freeze_past_the_lease():
         monkeypatch.undo()
-        second._storage.set_trial_state_values(2, optuna.trial.TrialState.FAIL)
+        second.storage.set_trial_state_values(2, optuna.trial.TrialState.FAIL)
         second.refresh()
 
     monkeypatch.setattr(second, "refresh", freeze_past_the_lease)
@@ -340,7 +340,7 @@ def test_what_is_to_be_dropped_may_have_been_taken_away(tmp_path, monkeypatch):
 def test_an_interrupted_claim_that_was_taken_away_stays_interrupted(tmp_path):
     study = open_study("sqlite", tmp_path)
     claim = claim_next(study)
-    study._storage.set_trial_state_values(claim._trial_id, optuna.trial.TrialState.FAIL)
+    study.storage.set_trial_state_values(claim._trial_id, optuna.trial.TrialState.FAIL)
     with pytest.raises(KeyboardInterrupt), claim:
         raise KeyboardInterrupt
 
