@@ -84,6 +84,8 @@ NUM_RESAMPLES = 10_000
 # Tokens trained on so far, and the point (loss, latency) that was reached in full with them.
 Trained = Iterator[tuple[int, tuple[float, float] | None]]
 Method = Callable[["Benchmark", int], Trained]
+# Trains a candidate: its number, its parent's, what it is, and to how many tokens. Gives its loss.
+Train = Callable[[int, int | None, str, int], float]
 # Tokens and hypervolume after each training.
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -154,8 +156,7 @@ def main() -> None:
         for name in arguments.methods:
             curves[name] = list(pool.map(partial(run, arguments.table, name), seeds))
             console.print(f"{name}: {len(seeds)} searches")
-    evaluated = NUM_EVALUATIONS * bench.full_tokens
-    goal = float(np.median([volume_after(evaluated, curve) for curve in curves["aging"]]))
+    goal = goal_of(bench, curves["aging"])
     tokens = {
         name: np.array([tokens_to(goal, curve) for curve in found]) / bench.full_tokens
         for name, found in curves.items()
@@ -193,9 +194,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def evolve(
-    config: EvolutionConfig, rung_steps: tuple[int, ...], bench: Benchmark, seed: int
+    config: EvolutionConfig,
+    rung_steps: tuple[int, ...],
+    bench: Benchmark,
+    seed: int,
+    train: Train | None = None,
 ) -> Trained:
-    """A search with one worker, until there is nothing left to do."""
+    """A search with one worker, until there is nothing left to do. train: else from the table."""
     rung_tokens = [steps * bench.full_tokens // NUM_STEPS for steps in rung_steps]
     num_candidates = len(bench.feasible)
     history, tokens = History(), 0
@@ -213,16 +218,20 @@ def evolve(
             return
         if isinstance(step, Promotion):
             known = history[step.number]
-            genotype, losses, rung = known.genotype, known.scores, step.rung
+            genotype, losses, rung, parent = known.genotype, known.scores, step.rung, None
         else:
-            genotype, losses, rung = step.genotype, (), 0
+            genotype, losses, rung, parent = step.genotype, (), 0, step.parent
         text = bench.text(genotype)
         latency_ms = bench.latencies_ms[text]
         if latency_ms > bench.target_ms:
             history.put(Candidate(step.number, genotype, "infeasible", (), latency_ms))
             continue
         tokens += rung_tokens[rung] - (rung_tokens[rung - 1] if rung else 0)
-        losses = (*losses, bench.loss(text, rung_tokens[rung]))
+        if train is None:
+            loss = bench.loss(text, rung_tokens[rung])
+        else:
+            loss = train(step.number, parent, text, rung_tokens[rung])
+        losses = (*losses, loss)
         history.put(Candidate(step.number, genotype, "scored", losses, latency_ms))
         is_full = rung == len(rung_tokens) - 1
         yield tokens, (losses[-1], latency_ms) if is_full else None
@@ -278,6 +287,12 @@ def run(table: Path, name: str, seed: int) -> Curve:
             break
     found = np.array(curve)
     return found[:, 0], found[:, 1]
+
+
+def goal_of(bench: Benchmark, curves: list[Curve]) -> float:
+    """The hypervolume that the published search ends with, the median over its seeds."""
+    evaluated = NUM_EVALUATIONS * bench.full_tokens
+    return float(np.median([volume_after(evaluated, curve) for curve in curves]))
 
 
 def volume_after(tokens: float, curve: Curve) -> float:

@@ -26,8 +26,11 @@ NUM_CHANGES = 2
 class Forecast:
     """By candidate.
 
-    means, deviations: of the score after the last rung; [N]. Without deviation are those that have
-    one. costs: the other objectives, [N, C].
+    means: of the score after the last rung, [N]. deviations: by how much that may turn out to be
+    another for those that are trained further, [N]: by what the first rung will show of who was not
+    tried yet, and by how little is known of what changes from rung to rung. What changes have that
+    nothing explains is not in it: it is the same for all that were tried, and who hopes for it
+    trains all. costs: the other objectives, [N, C].
     """
 
     means: np.ndarray
@@ -44,22 +47,25 @@ def forecast(
     """The scores after the last rung, and the costs.
 
     scores: of each genotype, after each rung that it is done with; at least one genotype has some.
-    costs: of each genotype, or None where they are not known; at least one is.
+    costs: of each genotype that has scores; those of the others are forecast.
     """
     features = feature_matrix(genotypes)
     done = np.array([len(each) for each in scores])
     common = covariance(features)
     reached = _reached(scores, done, 0)
     tried = np.flatnonzero(done)
-    means, variances = GaussianProcess(common, tried).predict(reached[tried])
+    process = GaussianProcess(common, tried)
+    first = process.predict(reached[tried])
+    means, variances = first.means, first.variances + first.noise_variance
     means[tried], variances[tried] = reached[tried], 0.0
     for rung in range(1, num_rungs):
         went_on = np.flatnonzero(done > rung)
         before, reached = reached, _reached(scores, done, rung)
         changes = reached[went_on] - before[went_on]
         if len(went_on) >= NUM_CHANGES:
-            process = GaussianProcess(covariance(np.column_stack([features, means])), went_on)
-            change, variance = process.predict(changes)
+            alike = covariance(np.column_stack([features, means]))
+            predicted = GaussianProcess(alike, went_on).predict(changes)
+            change, variance = predicted.means, predicted.variances
         else:
             # Nothing says who gains more: as much as scores differ anyway.
             change = np.full(len(means), changes.mean() if len(changes) else 0.0)
@@ -68,7 +74,8 @@ def forecast(
         means[went_on], variances[went_on] = reached[went_on], 0.0
     deviations = np.sqrt(variances)
     deviations[done < num_rungs] += TINY
-    return Forecast(means, deviations, _costs(common, costs))
+    known = np.array([costs[place] for place in tried.tolist()], dtype=float)
+    return Forecast(means, deviations, _costs(len(done), process, tried, known))
 
 
 def _reached(scores: Sequence[Sequence[float]], done: np.ndarray, rung: int) -> np.ndarray:
@@ -78,18 +85,14 @@ def _reached(scores: Sequence[Sequence[float]], done: np.ndarray, rung: int) -> 
     )
 
 
-def _costs(common: np.ndarray, costs: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """Costs, forecast where they are not known: what they are made of multiplies them."""
-    known = np.array([place for place, each in enumerate(costs) if each is not None])
-    values = np.array([each for each in costs if each is not None], dtype=float)
-    if len(known) == len(costs):
-        return values
-    process = GaussianProcess(common, known)
-    found = np.empty((len(costs), values.shape[1]))
-    for place, column in enumerate(np.log(values).T):
-        found[:, place], _ = process.predict(column)
-    found = np.exp(found)
-    found[known] = values
+def _costs(
+    num_candidates: int, process: GaussianProcess, tried: np.ndarray, known: np.ndarray
+) -> np.ndarray:
+    """The costs of all, [N, C]: what a candidate is made of multiplies them. known: [n, C]."""
+    found = np.empty((num_candidates, known.shape[1]))
+    for place, column in enumerate(np.log(known).T):
+        found[:, place] = np.exp(process.predict(column).means)
+    found[tried] = known
     return found
 
 

@@ -1,10 +1,14 @@
 """Regression by a Gaussian process, for some hundred candidates (Rasmussen & Williams 2006).
 
-A linear part says what each feature adds, a smooth part what the linear one misses. How much is
-noise is chosen by the evidence. Nothing is random.
+A linear part says what each feature adds, a smooth part what the linear one misses. What all have
+in common is not known before (section 2.7 there): of few values, little is known of it. How much is
+noise is chosen by the evidence that is left then (restricted likelihood, Harville 1974). Nothing is
+random.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +36,19 @@ def covariance(features: np.ndarray) -> np.ndarray:
     return linear + SMOOTH_SHARE * np.exp(-distances / 2)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a process says of each candidate.
+
+    means: [N]. variances: of the means, [N]. noise_variance: by which a new observation differs
+    from its mean besides, the same for all.
+    """
+
+    means: np.ndarray
+    variances: np.ndarray
+    noise_variance: float
+
+
 class GaussianProcess:
     """Predictions for candidates of which some are observed.
 
@@ -45,20 +62,25 @@ class GaussianProcess:
         # [N, n]
         self._projections = covariance[:, observed] @ vectors
 
-    def predict(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of a new observation of each candidate, [N] each. values: [n]."""
-        mean = values.mean()
-        rotated = self._vectors.T @ (values - mean)
-        evidences, num_values = [], len(values)
+    def predict(self, values: np.ndarray) -> Prediction:
+        """What the values of those that are observed, [n], say of all."""
+        rotated, ones = self._vectors.T @ values, self._vectors.sum(0)
+        found, num_values = [], len(values)
         for noise in NOISES:
             spectrum = self._eigenvalues.clip(0) + noise
-            scatter = float(np.sum(rotated**2 / spectrum)) + TINY
-            # Log evidence, the prior's variance at its likeliest, without what all have in common.
-            evidence = -0.5 * (np.log(spectrum).sum() + num_values * np.log(scatter))
-            evidences.append((evidence, noise, scatter / num_values))
-        _, noise, prior_variance = max(evidences)
+            # What all have in common, at its likeliest, and its variance.
+            weight = float(np.sum(ones**2 / spectrum))
+            mean = float(np.sum(ones * rotated / spectrum)) / weight
+            scatter = float(np.sum((rotated - mean * ones) ** 2 / spectrum)) + TINY
+            # Log evidence, the prior's variance at its likeliest, what all have in common
+            # integrated out.
+            freedom = max(1, num_values - 1)
+            evidence = -0.5 * (np.log(spectrum).sum() + np.log(weight) + freedom * np.log(scatter))
+            found.append((evidence, noise, mean, weight, scatter / freedom))
+        _, noise, mean, weight, prior_variance = max(found)
         spectrum = self._eigenvalues.clip(0) + noise
-        predicted = mean + self._projections @ (rotated / spectrum)
+        predicted = mean + self._projections @ ((rotated - mean * ones) / spectrum)
         explained = (self._projections**2 / spectrum).sum(1)
-        variances = prior_variance * (self._prior_variances - explained + noise)
-        return predicted, np.maximum(variances, TINY**2)
+        common = (1 - self._projections @ (ones / spectrum)) ** 2 / weight
+        variances = prior_variance * (self._prior_variances - explained + common)
+        return Prediction(predicted, np.maximum(variances, 0.0), prior_variance * noise)

@@ -28,7 +28,8 @@ from search.space import SearchSpace
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
-# New candidates are chosen among those of so many draws that are new,
+# New candidates are chosen among so many, or fewer if so many draws have no more that are new,
+NUM_CHOICES = 32
 NUM_DRAWS = 128
 # each after one mutation, and with this probability after a further one, and so on.
 FURTHER_MUTATION = 0.5
@@ -146,6 +147,8 @@ def new_choices(
     rng = random.Random(f"{seed}/{number}/{history.num_scores}")
     found: dict[Genotype, Proposal] = {}
     for _ in range(NUM_DRAWS):
+        if len(found) == NUM_CHOICES:
+            break
         num_mutations = 1
         while rng.random() < FURTHER_MUTATION:
             num_mutations += 1

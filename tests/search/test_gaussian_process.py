@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import null_space
 from scipy.stats import multivariate_normal
 
 from search.gaussian_process import NOISES, GaussianProcess, covariance
@@ -18,24 +19,29 @@ def test_predictions_are_those_of_the_likeliest_normal_distribution(seed):
     common = covariance(some_features(seed))
     observed = rng.permutation(12)[:7]
     values = rng.normal(3.0, 0.5, 7)
-    means, variances = GaussianProcess(common, observed).predict(values)
+    predicted = GaussianProcess(common, observed).predict(values)
 
-    centred = values - values.mean()
     among = common[np.ix_(observed, observed)]
+    # Differences of the values know nothing of what all have in common.
+    differences = null_space(np.ones((1, 7))).T
     found = []
     for noise in NOISES:
-        unscaled = among + noise * np.eye(7)
-        scale = centred @ np.linalg.solve(unscaled, centred) / 7
-        evidence = multivariate_normal(cov=scale * unscaled).logpdf(centred)
+        unscaled = differences @ (among + noise * np.eye(7)) @ differences.T
+        differing = differences @ values
+        scale = differing @ np.linalg.solve(unscaled, differing) / 6
+        evidence = multivariate_normal(cov=scale * unscaled).logpdf(differing)
         found.append((evidence, noise, scale))
     _, noise, scale = max(found)
-    # Conditioning the joint normal distribution, as in any textbook.
-    inverse = np.linalg.inv(among + noise * np.eye(7))
-    across = common[:, observed]
-    expected = values.mean() + across @ inverse @ centred
-    spread = scale * (np.diag(common - across @ inverse @ across.T) + noise)
-    np.testing.assert_allclose(means, expected, rtol=1e-6)
-    np.testing.assert_allclose(variances, spread, rtol=1e-5)
+    # Kriging with an unknown mean, as in any textbook.
+    ones = np.ones((7, 1))
+    system = np.block([[among + noise * np.eye(7), ones], [ones.T, np.zeros((1, 1))]])
+    across = np.column_stack([common[:, observed], np.ones(12)])
+    weights = np.linalg.solve(system, across.T)
+    expected = values @ weights[:7]
+    spread = scale * (np.diag(common) - (across.T * weights).sum(0))
+    np.testing.assert_allclose(predicted.means, expected, rtol=1e-6)
+    np.testing.assert_allclose(predicted.variances, spread, rtol=1e-5)
+    assert predicted.noise_variance == pytest.approx(scale * noise)
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
@@ -53,16 +59,16 @@ def test_what_adds_up_is_learned_from_a_few():
     truth = 4.0 + features @ np.array([-0.3, -0.1, 0.0, 0.2, 0.05])
     observed = np.arange(20)
     values = truth[observed] + rng.normal(0, 0.01, 20)
-    means, variances = GaussianProcess(covariance(features), observed).predict(values)
-    errors = np.abs(means - truth)[20:]
+    predicted = GaussianProcess(covariance(features), observed).predict(values)
+    errors = np.abs(predicted.means - truth)[20:]
     assert np.sqrt(np.mean(errors**2)) < 0.15 * truth.std()
     assert errors.max() < 0.4 * truth.std()
+    variances = predicted.variances + predicted.noise_variance
     assert np.mean(errors < 2 * np.sqrt(variances[20:])) > 0.8
 
 
 def test_one_value_says_the_same_of_all():
-    means, variances = GaussianProcess(covariance(some_features(1)), np.array([3])).predict(
-        np.array([2.5])
-    )
-    np.testing.assert_allclose(means, 2.5)
-    assert np.all(np.isfinite(variances))
+    process = GaussianProcess(covariance(some_features(1)), np.array([3]))
+    predicted = process.predict(np.array([2.5]))
+    np.testing.assert_allclose(predicted.means, 2.5)
+    assert np.all(np.isfinite(predicted.variances))
