@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
@@ -66,7 +66,13 @@ class RelationalStorage(RDBStorage):
         finish = (
             sqlalchemy.update(TrialModel)
             .where(TrialModel.trial_id == trial_id, TrialModel.state == TrialState.RUNNING)
-            .values(state=TrialState.COMPLETE, datetime_complete=datetime.now())
+            .values(
+                {
+                    TrialModel.state: TrialState.COMPLETE,
+                    # Optuna stores UTC without saying so.
+                    TrialModel._datetime_complete_utc: datetime.now(UTC).replace(tzinfo=None),
+                }
+            )
         )
         stored = enumerate(map(TrialValueModel.value_to_stored_repr, values))
         rows: dict[Any, list[dict[str, Any]]] = {

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import optuna
@@ -163,6 +164,25 @@ def test_of_several_that_settle_a_fact_at_once_all_get_that_of_the_first(kind, t
     }
     # Whoever comes later changes nothing.
     assert studies[0].settle("fact-0", 9) == first[0]
+
+
+def test_times_are_those_of_the_clock_in_any_time_zone(kind, tmp_path, monkeypatch):
+    try:
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        begin = datetime.now(UTC).replace(microsecond=0)
+        study = open_study(kind, tmp_path)
+        score(claim_next(study), 1.0)
+        (record,) = records(study)
+        times = [record.started_at, record.finished_at]
+        assert all(begin <= datetime.fromisoformat(each) <= datetime.now(UTC) for each in times)
+        (trial,) = optuna.load_study(
+            study_name="test", storage=study.storage, sampler=optuna.samplers.RandomSampler()
+        ).trials
+        assert abs(trial.datetime_complete - datetime.now()).total_seconds() < 60
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_what_a_candidate_costs_storage_does_not_grow(tmp_path):
