@@ -4,7 +4,7 @@ A search whose candidates' scores are invented (benchmarks/cheap_search.py) runs
 on three rungs, worker process, storage on disk and files included. At each size, in trials, the
 time of the last tenth of them is taken, or of the last hundred, if that is more, per candidate that
 was added in it: promotions are part of what a candidate costs, and so is its share of the files,
-which for a large search are written every half minute. The starts of the two processes, from the
+which for a large search are written every few minutes. The starts of the two processes, from the
 first line of Python to the first job done, are shared out over as many candidates as an hour's work
 at half a minute each. At the last size the search is interrupted, and its study opened anew.
 

@@ -25,7 +25,7 @@ def covariance(features: np.ndarray) -> np.ndarray:
 
     Every feature that differs counts the same; where features are copies of each other, one does.
     """
-    features = np.unique(features, axis=1)
+    features = np.array(list({each.tobytes(): each for each in features.T.copy()}.values())).T
     deviation = features.std(0)
     varies = deviation > TINY * (1 + np.abs(features).max(0, initial=0.0))
     scale = deviation[varies] * np.sqrt(max(1, varies.sum()))

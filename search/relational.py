@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -101,6 +102,21 @@ class RelationalStorage(RDBStorage):
         with self.engine.begin() as connection:
             connection.execute(insert(StudyUserAttributeModel).values(row).on_conflict_do_nothing())
         return self.get_study_user_attrs(study_id)[key]
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Session
+    ) -> TrialModel:
+        # Optuna asks for each attribute whether the trial can still change.
+        bare = copy.copy(template_trial)
+        if bare is not None:
+            bare.user_attrs = {}
+        trial = super()._get_prepared_new_trial(study_id, bare, session)
+        if template_trial is not None:
+            session.add_all(
+                TrialUserAttributeModel(trial_id=trial.trial_id, **row)
+                for row in _attributes(template_trial.user_attrs)
+            )
+        return trial
 
     def _set_trial_param_without_commit(
         self,
