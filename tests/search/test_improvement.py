@@ -12,7 +12,13 @@ from search import improvement
 from search.evolution import EvolutionConfig, next_step
 from search.frontier import hypervolume
 from search.history import Candidate, History, Promotion, Proposal
-from search.improvement import NUM_PEERS, expected_improvement, prices_tokens
+from search.improvement import (
+    NUM_CHOICES,
+    NUM_PEERS,
+    expected_improvement,
+    new_choices,
+    prices_tokens,
+)
 from search.space import SearchSpace
 
 SPACE = SearchSpace(space_config())
@@ -185,6 +191,17 @@ def test_parents_have_been_trained():
             proposals += 1
             assert running[step.parent].scores
     assert proposals
+
+
+def test_choices_are_new_all_different_and_of_a_number_that_does_not_grow_with_the_space():
+    candidates, _ = search(1)[-1]
+    parents = [each for each in candidates if each.scores]
+    found = new_choices(SPACE, 0, History(candidates), parents)
+    known = {each.genotype for each in candidates}
+    genotypes = {each.genotype for each in found}
+    assert len(genotypes) == len(found) == NUM_CHOICES
+    assert not genotypes & known
+    assert {each.parent for each in found} <= {each.number for each in parents}
 
 
 def test_while_nothing_has_a_score_others_are_waited_for():
