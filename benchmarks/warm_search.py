@@ -9,9 +9,10 @@ start these trainings are the table's, so that the same seeds are read from ther
 - tokens: until the goal is reached, in full trainings, per seed; null if it never was.
 - tokens_ratio: of warm searches to cold ones, the median over the seeds, with the smallest and the
   largest.
-- hypervolume_cold: of what a warm search had trained in full by then, by the losses of the table:
-  at the goal, it has found what a cold search would have to find; below, it got there by lower
-  losses, which its candidates have for their parents' training. goal: as in the table.
+- hypervolume: by the losses of the table, of what a warm search had trained in full by then, and of
+  what the cold one had after as many tokens. At the goal, a warm search has found what a cold one
+  has to find; below, it got there by lower losses, which its candidates owe to their parents'
+  training. goal: as in the table.
 
 What was trained is kept in the run folder, so that the same command goes on where it stopped.
 
@@ -44,6 +45,7 @@ from search_efficiency import (
     goal_of,
     run,
     tokens_to,
+    volume_after,
 )
 
 from latency.device import Device
@@ -110,13 +112,16 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes, context) as pool:
         goal = goal_of(bench, list(pool.map(partial(run, TABLE, "aging"), range(NUM_GOALS))))
         console.print(f"goal: {goal:.4f}")
-        cold = [tokens_to(goal, curve) for curve in pool.map(partial(run, TABLE, "ours"), seeds)]
+        curves = list(pool.map(partial(run, TABLE, "ours"), seeds))
         found = list(pool.map(partial(search, arguments.folder, corpus, goal), seeds))
-    warm = [tokens for tokens, _ in found]
+    cold, warm = [tokens_to(goal, curve) for curve in curves], [tokens for tokens, _ in found]
     results = {
         "tokens": {name: in_full(bench, each) for name, each in (("warm", warm), ("cold", cold))},
         "tokens_ratio": summary([w / c for w, c in zip(warm, cold, strict=True)]),
-        "hypervolume_cold": [volume for _, volume in found],
+        "hypervolume": {
+            "warm": [volume for _, volume in found],
+            "cold": [volume_after(*each) for each in zip(warm, curves, strict=True)],
+        },
     }
     print_results(results, goal)
     about = {
@@ -171,12 +176,12 @@ def summary(ratios: list[float]) -> dict[str, float | None]:
 
 def print_results(results: dict[str, Any], goal: float) -> None:
     lines = Table(title=f"full trainings until a hypervolume of {goal:.4f}")
-    for column in ("seed", "warm", "cold", "hypervolume by the table"):
+    for column in ("seed", "warm", "cold", "warm's by the table", "cold's after as many"):
         lines.add_column(column, justify="right")
-    rows = zip(*results["tokens"].values(), results["hypervolume_cold"], strict=True)
-    for seed, (warm, cold, volume) in enumerate(rows):
-        texts = ("never" if each is None else f"{each:.1f}" for each in (warm, cold))
-        lines.add_row(str(seed), *texts, f"{volume:.4f}")
+    rows = zip(*results["tokens"].values(), *results["hypervolume"].values(), strict=True)
+    for seed, (warm, cold, *volumes) in enumerate(rows):
+        texts = ["never" if each is None else f"{each:.1f}" for each in (warm, cold)]
+        lines.add_row(str(seed), *texts, *(f"{volume:.4f}" for volume in volumes))
     console.print(lines)
     console.print(f"tokens_ratio: {results['tokens_ratio']}")
 
