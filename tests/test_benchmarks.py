@@ -135,6 +135,47 @@ def test_a_warm_start_that_helps_spoils_only_the_ranking_beside_cold_ones(
     assert found["loss_less_cold"] == pytest.approx([-2, -2, -2])
 
 
+def test_a_warm_search_trains_from_the_parent_and_goes_on_where_it_stopped(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from hybrid_bench import PROXY, STEP_TOKENS, corpus_folder
+    from warm_search import TABLE, Benchmark, WarmTraining
+
+    from search.proxy import ProxyTraining
+    from slm.architecture import Architecture
+    from slm.data import PackedCorpus
+
+    corpus = PackedCorpus.open(corpus_folder(tmp_path / "cache"))
+    parent, child = sorted(Benchmark.load(TABLE).feasible, key=len)[:2]
+    # Number, parent, what it is, tokens: the child begins with what the parent is by then.
+    jobs = ((0, None, parent, 4), (1, 0, child, 2), (1, None, child, 4), (0, None, parent, 6))
+
+    def train_all(count: int) -> list[float]:
+        train = WarmTraining(tmp_path / "run", corpus)
+        return [
+            train(number, of, text, steps * STEP_TOKENS) for number, of, text, steps in jobs[:count]
+        ]
+
+    first = train_all(3)
+    assert train_all(4)[:3] == first
+    # In one go, without a checkpoint between.
+    straight = ProxyTraining(
+        Architecture.parse(child),
+        corpus,
+        PROXY,
+        0,
+        (Architecture.parse(parent), tmp_path / "run" / f"0-{4 * STEP_TOKENS}.safetensors"),
+    )
+    straight.train(4 * STEP_TOKENS)
+    assert straight.validate() == first[2]
+    cold = ProxyTraining(Architecture.parse(child), corpus, PROXY, 0)
+    cold.train(2 * STEP_TOKENS)
+    assert first[1] < cold.validate()
+    with pytest.raises(SystemExit, match=r"of another search; choose another --folder"):
+        WarmTraining(tmp_path / "run", corpus)(0, None, child, 4 * STEP_TOKENS)
+
+
 def test_search_efficiency(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches of the table, with the tokens that they took."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
