@@ -79,6 +79,8 @@ OURS = EvolutionConfig(algorithm="ehvi", initial_candidates=10, population_size=
 NUM_STEPS = 1024
 RUNG_STEPS = (48, 768, NUM_STEPS)
 NUM_FULL = 10
+# Searches of each method.
+NUM_SEEDS = 50
 NUM_RESAMPLES = 10_000
 
 # Tokens trained on so far, and the point (loss, latency) that was reached in full with them.
@@ -146,6 +148,10 @@ class Benchmark:
         """After so many tokens."""
         return self.losses[text][self.budgets.index(tokens)]
 
+    def train(self, number: int, parent: int | None, text: str, tokens: int) -> float:
+        """What training it from scratch gave: `Train` by the table."""
+        return self.loss(text, tokens)
+
 
 def main() -> None:
     arguments = parse_arguments()
@@ -184,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), help="with aging and ours among them"
     )
@@ -200,7 +206,8 @@ def evolve(
     seed: int,
     train: Train | None = None,
 ) -> Trained:
-    """A search with one worker, until there is nothing left to do. train: else from the table."""
+    """A search with one worker, until there is nothing left to do. train: None: the table's."""
+    train = train or bench.train
     rung_tokens = [steps * bench.full_tokens // NUM_STEPS for steps in rung_steps]
     num_candidates = len(bench.feasible)
     history, tokens = History(), 0
@@ -227,11 +234,7 @@ def evolve(
             history.put(Candidate(step.number, genotype, "infeasible", (), latency_ms))
             continue
         tokens += rung_tokens[rung] - (rung_tokens[rung - 1] if rung else 0)
-        if train is None:
-            loss = bench.loss(text, rung_tokens[rung])
-        else:
-            loss = train(step.number, parent, text, rung_tokens[rung])
-        losses = (*losses, loss)
+        losses = (*losses, train(step.number, parent, text, rung_tokens[rung]))
         history.put(Candidate(step.number, genotype, "scored", losses, latency_ms))
         is_full = rung == len(rung_tokens) - 1
         yield tokens, (losses[-1], latency_ms) if is_full else None

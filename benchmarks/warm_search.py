@@ -36,6 +36,7 @@ from hybrid_bench import PROXY, SEEDS, corpus_folder, environment
 from rich.console import Console
 from rich.table import Table
 from search_efficiency import (
+    NUM_SEEDS,
     OURS,
     RUNG_STEPS,
     TABLE,
@@ -55,16 +56,17 @@ from slm.architecture import Architecture
 from slm.data import PackedCorpus
 from slm.training.files import write_atomically
 
-# Searches whose hypervolume the goal is the median of.
-NUM_GOALS = 50
-
 console = Console(stderr=True, soft_wrap=True)
 
 
 class WarmTraining:
-    """Trains the candidates of one search, each from its parent's weights, and keeps them."""
+    """Trains the candidates of one search, each from its parent's weights, and keeps them.
+
+    last: what was trained last.
+    """
 
     def __init__(self, folder: Path, corpus: PackedCorpus) -> None:
+        self.last: str | None = None
         self._folder = folder
         self._corpus = corpus
         self._texts: dict[int, str] = {}
@@ -76,7 +78,8 @@ class WarmTraining:
         """The loss after so many tokens of the candidate's own; parent: where it begins."""
         before = self._checkpoints.get(number)
         checkpoint = self._folder / f"{number}-{tokens}.safetensors"
-        self._texts[number], self._checkpoints[number] = text, checkpoint
+        self.last = self._texts[number] = text
+        self._checkpoints[number] = checkpoint
         known = checkpoint.with_suffix(".json")
         if not known.exists():
             loss = self._train(parent, text, tokens, before, checkpoint)
@@ -110,7 +113,7 @@ def main() -> None:
     seeds = range(arguments.seeds)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context) as pool:
-        goal = goal_of(bench, list(pool.map(partial(run, TABLE, "aging"), range(NUM_GOALS))))
+        goal = goal_of(bench, list(pool.map(partial(run, TABLE, "aging"), range(NUM_SEEDS))))
         console.print(f"goal: {goal:.4f}")
         curves = list(pool.map(partial(run, TABLE, "ours"), seeds))
         found = list(pool.map(partial(search, arguments.folder, corpus, goal), seeds))
@@ -151,13 +154,12 @@ def search(folder: Path, corpus: Path, goal: float, seed: int) -> tuple[float, f
     bench = Benchmark.load(TABLE)
     train = WarmTraining(folder / f"seed-{seed}", PackedCorpus.open(corpus))
     warm, cold = Frontier(bench.worst), Frontier(bench.worst)
-    # By latency, which is the table's, what was trained in full is found there.
-    points = {ms: (bench.losses[text][-1], ms) for text, ms in bench.latencies_ms.items()}
     for tokens, point in evolve(OURS, RUNG_STEPS, bench, seed, train):
         if point is None:
             continue
         warm.add(point)
-        cold.add(points[point[1]])
+        assert train.last is not None
+        cold.add((bench.loss(train.last, bench.full_tokens), point[1]))
         if warm.hypervolume >= goal:
             return float(tokens), cold.hypervolume
     return float("inf"), cold.hypervolume

@@ -21,7 +21,7 @@ class StudyJournal(JournalStorage):
     """
 
     def turn(self, study_id: int) -> AbstractContextManager[bool]:
-        """Of the few processes of one machine none has to wait for its turn."""
+        """Of the few processes of one machine none waits for its turn: False."""
         return nullcontext(False)
 
     def add_trial(self, study_id: int, trial: FrozenTrial) -> FrozenTrial:

@@ -146,7 +146,8 @@ class PostgreSQLStorage(RelationalStorage):
     def turn(self, study_id: int) -> Iterator[bool]:
         """Within the block no other process has its turn, unless this one is silent for too long.
 
-        They come in order. Who waits does so in its one connection.
+        They come in order. Who waits does so in its one connection. True: others may have had
+        theirs meanwhile.
         """
         connection = self._wait_for_turn(study_id)
         try:

@@ -35,7 +35,7 @@ class RelationalStorage(RDBStorage):
     """Takes a statement where Optuna takes three, and reads nothing twice."""
 
     def turn(self, study_id: int) -> AbstractContextManager[bool]:
-        """Of the few processes of one machine none has to wait for its turn."""
+        """Of the few processes of one machine none waits for its turn: False."""
         return nullcontext(False)
 
     def add_trial(self, study_id: int, trial: FrozenTrial) -> FrozenTrial:
@@ -106,16 +106,16 @@ class RelationalStorage(RDBStorage):
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Session
     ) -> TrialModel:
+        if template_trial is None:
+            return super()._get_prepared_new_trial(study_id, None, session)
         # Optuna asks for each attribute whether the trial can still change.
         bare = copy.copy(template_trial)
-        if bare is not None:
-            bare.user_attrs = {}
+        bare.user_attrs = {}
         trial = super()._get_prepared_new_trial(study_id, bare, session)
-        if template_trial is not None:
-            session.add_all(
-                TrialUserAttributeModel(trial_id=trial.trial_id, **row)
-                for row in _attributes(template_trial.user_attrs)
-            )
+        session.add_all(
+            TrialUserAttributeModel(trial_id=trial.trial_id, **row)
+            for row in _attributes(template_trial.user_attrs)
+        )
         return trial
 
     def _set_trial_param_without_commit(

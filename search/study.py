@@ -91,8 +91,8 @@ class Study:
     """A study of one search; several processes may share it.
 
     records: every candidate by number, history: the same as evolution sees it; both as they were
-    at the last `refresh`. changes: numbers of the records that were put, in that order. clock: what
-    leases go by, the same for all processes.
+    at the last `refresh`. changes: numbers of the records that were put, in that order. storage:
+    of the study. clock: what leases go by, the same for all processes.
     """
 
     def __init__(
