@@ -48,7 +48,7 @@ class AuditConfig:
     candidates: NonNegative = 0
     repeated: NonNegative = 0
     seeds: NonNegative = 0
-    qualities: tuple[Quality, ...] = QUALITIES
+    qualities: tuple[Quality, ...] = ("loss",)
 
     def __post_init__(self) -> None:
         problems = []

@@ -21,6 +21,7 @@ from search.proxy import ProxyConfig
 from search.space import SpaceConfig
 from search.storage import StorageConfig
 from search.target import LatencyLimit
+from search.task import TaskConfig
 from slm import slurm
 from slm.config import ConfigError, read, schema
 from slm.data.config import DataConfig, TokenizerConfig
@@ -29,6 +30,8 @@ from slm.runtime import RuntimeConfig
 from slm.training.config import LoggerConfig
 
 Positive = Annotated[int, Field(gt=0)]
+# What questions made of held-out text are asked for.
+QUESTIONED = ("cloze_error", "continuation_error")
 
 
 @schema
@@ -45,6 +48,7 @@ class SearchConfig(RuntimeConfig):
     accuracy_items: questions of the word cloze, and of continuations, wherever one of them is
         asked: of the frontier's members the cloze, of all candidates what the objective says, in
         the audit what that says. 0: none.
+    task: of lm-evaluation-harness, wherever `task_error` is asked.
     workers: processes that evaluate candidates side by side; they take the visible GPUs in turn.
         More may be started by hand, here or elsewhere, with the same command and storage.
     devices_per_candidate: processes that train a candidate together, each on a GPU of its own where
@@ -71,6 +75,7 @@ class SearchConfig(RuntimeConfig):
     num_candidates: Positive
     max_infeasible: Positive
     accuracy_items: Annotated[int, Field(ge=0)]
+    task: TaskConfig
     workers: Positive
     devices_per_candidate: Positive
     latency_threads: Positive | None
@@ -83,15 +88,18 @@ class SearchConfig(RuntimeConfig):
                 f"num_candidates: must be >= the {len(self.space.seeds)} seeds of the space, "
                 f"got {self.num_candidates}"
             )
-        if self.evolution.quality != "loss" and not self.accuracy_items:
+        if self.evolution.quality in QUESTIONED and not self.accuracy_items:
             problems.append(
                 f"accuracy_items: must be > 0 for the objective {self.evolution.quality}, got 0"
             )
-        asked = [name for name in self.audit.qualities if name != "loss"]
-        if self.audit.candidates and asked and not self.accuracy_items:
+        audited = self.audit.qualities if self.audit.candidates else ()
+        asked = [name for name in audited if name in QUESTIONED]
+        if asked and not self.accuracy_items:
             problems.append(
                 f"audit.qualities: {' and '.join(asked)} need accuracy_items > 0, got 0"
             )
+        if "task_error" in (self.evolution.quality, *audited) and self.task.name is None:
+            problems.append("task.name: task_error needs the name of a task, got None")
         if self.workers > 1 and self.storage.kind == "sqlite":
             problems.append(
                 f"workers: sqlite storage is for one, got {self.workers}; take storage=journal"
@@ -143,6 +151,8 @@ class SearchConfig(RuntimeConfig):
         values = plain(self)
         identity = {key: values[key] for key in decisive}
         identity["plugins"] = plugin_digests()
+        if self.task.name is not None:
+            identity["task"] = values["task"]
         # Where prepared data lies, and when a candidate is given up, decide no score.
         del identity["data"]["cache_dir"], identity["proxy"]["time_limit_s"]
         return identity

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from latency.timer import Protocol
 from search.history import Quality
 from search.proxy import ProxyConfig
+from search.task import TaskConfig
 from search.worker import Report
 from slm.runtime import Runtime
 
@@ -120,6 +121,7 @@ class Evaluator(BaseEvaluator):
 
     candidates_folder: where checkpoints are kept. cache_dir: where latencies are.
     quality: what candidates are ranked by. accuracy_items: questions for each kind of accuracy.
+    task: what `task_error` asks.
     devices_per_candidate: processes that train a candidate together.
     """
 
@@ -128,6 +130,7 @@ class Evaluator(BaseEvaluator):
     seed: int
     quality: Quality
     accuracy_items: int
+    task: TaskConfig
     devices_per_candidate: int
 
     def measure(
@@ -342,6 +345,8 @@ class Evaluator(BaseEvaluator):
     def _accuracy(self, model: LanguageModel, name: Quality) -> Accuracy:
         from slm.evaluation import cloze_accuracy, continuation_accuracy
 
+        if name == "task_error":
+            return self.task.accuracy(model, self._tokenizer, ACCURACY_BATCH_SIZE, self.seed)
         if name == "cloze_error":
             return cloze_accuracy(model, self._tokenizer, self._cloze, ACCURACY_BATCH_SIZE)
         return continuation_accuracy(model, self._continuations, ACCURACY_BATCH_SIZE)

@@ -17,7 +17,7 @@ from search.genotype import Genotype
 # target. failed: training it went wrong.
 State = Literal["waiting", "running", "scored", "failed", "infeasible"]
 # How good the model is: nats per token, or shares of wrong answers.
-Quality = Literal["loss", "cloze_error", "continuation_error"]
+Quality = Literal["loss", "cloze_error", "continuation_error", "task_error"]
 Objective = Literal[Quality, "latency_ms", "memory_bytes"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from search.history import Quality
 
 # What follows a number.
-UNITS: dict[Quality, str] = {"loss": " nats", "cloze_error": "", "continuation_error": ""}
+UNITS: dict[Quality, str] = {
+    "loss": " nats",
+    "cloze_error": "",
+    "continuation_error": "",
+    "task_error": "",
+}
 # What a figure calls its axis.
 AXES: dict[Quality, str] = {
     "loss": "validation loss, nats per token",
     "cloze_error": "share of wrong answers in the word cloze",
     "continuation_error": "share of wrong continuations",
+    "task_error": "share of wrong answers in the task",
 }
 
 

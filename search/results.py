@@ -128,8 +128,10 @@ def worst_point(target_ms: float, vocab_size: int, quality: Quality) -> tuple[fl
     """What hypervolume is measured from: a model that knows nothing, a little over the target."""
     from slm.data.choices import NUM_CHOICES
 
-    worst_score = math.log(vocab_size) if quality == "loss" else 1 - 1 / NUM_CHOICES
-    return worst_score, target_ms * WORST_LATENCY_TARGETS
+    chance = 1 - 1 / NUM_CHOICES
+    # Of a task it is not known what guessing comes to.
+    worst_scores = {"loss": math.log(vocab_size), "task_error": 1.0}
+    return worst_scores.get(quality, chance), target_ms * WORST_LATENCY_TARGETS
 
 
 def frontier_summary(

@@ -135,7 +135,7 @@ class RunFolder:
                 name: limit | setup["limits"][name] for name, limit in config["limits"].items()
             },
             "table": {"path": setup["table"], "error": table_summary(rows)},
-            **{key: config[key] for key in ("workload", "space", "evolution", "proxy")},
+            **{key: config[key] for key in ("workload", "space", "evolution", "proxy", "task")},
             **{key: setup[key] for key in ("device", "machine")},
             "device_key": setup["device"]["key"],
             "legend": {short: text for text, short in self.space.legend.items()},

@@ -74,6 +74,8 @@ class Searcher:
         self.space = SearchSpace(config.space)
         set_backend(config.backend)
         self.device = Device.current(threads=config.latency_threads)
+        # Before there is a study, which would hold what is wrong.
+        config.task.load()
         identity = {**config.identity(), "device": self.device.key}
         self.study = Study.open(
             config.storage,
@@ -138,6 +140,7 @@ class Searcher:
                 seed=self.config.seed,
                 quality=self.config.evolution.quality,
                 accuracy_items=self.config.accuracy_items,
+                task=self.config.task,
                 latency_threads=self.config.latency_threads,
                 training_threads=self.config.threads_to_train,
                 devices_per_candidate=self.config.devices_per_candidate,

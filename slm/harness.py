@@ -274,13 +274,11 @@ def run_tasks(
     """
     import lm_eval
 
+    load_tasks(names, folders)
     manager = _task_manager(names, folders)
-    chosen = manager.match_tasks(list(names))
-    if problems := [problem for name in chosen for problem in _loading_problems(manager, name)]:
-        raise ConfigError(problems)
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=chosen,
+        tasks=manager.match_tasks(list(names)),
         task_manager=manager,
         num_fewshot=settings["num_fewshot"],
         limit=settings["limit"],
@@ -305,15 +303,26 @@ def run_tasks(
     }
 
 
-def _loading_problems(manager: Any, name: str) -> list[str]:
-    """Why a task's data cannot be had, if so; what can be is kept by `datasets`."""
+def load_tasks(names: Sequence[str], folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Load the data of tasks, which `datasets` keeps; the metrics of each task.
+
+    Raises ConfigError, naming each that cannot be loaded.
+    """
     from datasets.exceptions import DatasetsError
 
-    try:
-        manager.load([name])
-    except (DatasetsError, ImportError, OSError, RuntimeError, ValueError) as error:
-        return [f"tasks: '{name}' cannot be loaded: {_one_line(error)}"]
-    return []
+    manager = _task_manager(names, folders)
+    metrics: dict[str, list[str]] = {}
+    problems = []
+    for name in manager.match_tasks(list(names)):
+        try:
+            loaded = manager.load([name])
+        except (DatasetsError, ImportError, OSError, RuntimeError, ValueError) as error:
+            problems.append(f"tasks: '{name}' cannot be loaded: {_one_line(error)}")
+        else:
+            metrics |= {task: [*each.aggregation()] for task, each in loaded["tasks"].items()}
+    if problems:
+        raise ConfigError(problems)
+    return metrics
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from omegaconf import open_dict
+
+from search.config import SearchConfig, read_config
+from slm.config import compose
+
+NUM_CANDIDATES = 6
 SETTINGS: dict[str, Any] = {
     "tokenizer": {"vocab_size": 300},
     "workload": {"prompt_tokens": 4, "new_tokens": 4},
@@ -36,3 +42,12 @@ def small_text(folder: Path) -> dict[str, Any]:
     path = folder / "text.txt"
     path.write_text("\n<|endoftext|>\n".join(documents))
     return {"files": [str(path)], "cache_dir": str(folder / "cache")}
+
+
+def compose_tiny(experiment: list[str], *overrides: str) -> SearchConfig:
+    """The config of the arguments that the fixture `experiment` gives, and further ones."""
+    config_dir = Path(experiment[1])
+    composed = compose("search", [*experiment[2:], *overrides], config_dir=config_dir)[0]
+    with open_dict(composed):
+        del composed["hydra"]
+    return read_config(composed)

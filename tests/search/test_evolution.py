@@ -185,8 +185,8 @@ def test_config_problems():
         "evolution.initial_candidates: must be >= 1, got 0",
         "evolution.sample_size: must be <= population_size 2, got 3",
         "evolution.promoted_share: must be above 0 and below 1, got 1.0",
-        "evolution.objectives: must begin with loss, cloze_error or continuation_error, and go on "
-        "with others, each once, got ['latency_ms', 'latency_ms']",
+        "evolution.objectives: must begin with loss, cloze_error, continuation_error or "
+        "task_error, and go on with others, each once, got ['latency_ms', 'latency_ms']",
     ]
 
 
@@ -208,7 +208,9 @@ def test_one_objective_of_quality_comes_first(objectives, quality):
     if quality is not None:
         assert read(EvolutionConfig, values, "evolution").quality == quality
         return
-    with pytest.raises(ConfigError, match="must begin with loss, cloze_error or continuation_er"):
+    with pytest.raises(
+        ConfigError, match="must begin with loss, cloze_error, continuation_error or"
+    ):
         read(EvolutionConfig, values, "evolution")
 
 

@@ -13,6 +13,7 @@ from latency.timer import Protocol
 from search.devices import visible_devices
 from search.evaluate import Evaluator
 from search.proxy import ProxyConfig, read_weights
+from search.task import TaskConfig
 from search.worker import JobError, Worker
 from slm.config import read
 from slm.data import DataConfig, PackedCorpus, TokenizerConfig, prepare
@@ -51,6 +52,7 @@ def evaluator(tmp_path_factory) -> Evaluator:
         seed=0,
         quality="cloze_error",
         accuracy_items=20,
+        task=TaskConfig(),
         devices_per_candidate=2,
     )
 

@@ -18,14 +18,10 @@ import optuna
 import pandas as pd
 import psutil
 import pytest
-import yaml
-from omegaconf import open_dict
 from scipy import stats
-from small_search import SETTINGS, small_text
-from small_space import space_config
+from small_search import NUM_CANDIDATES, compose_tiny
 
 from search import config as search_config
-from search.config import read_config
 from search.evaluate import Evaluator
 from search.proxy import load_weights
 from search.results import WORST_LATENCY_TARGETS, candidate_row
@@ -35,35 +31,7 @@ from search.storage import StorageConfig
 from search.worker import Worker
 from slm.architecture import Architecture
 from slm.config import ConfigError, compose, read
-from slm.data import PackedCorpus
-from slm.data.continuation import build_continuations
-from slm.evaluation import continuation_accuracy
 from slm.model_config import ModelConfig
-
-NUM_CANDIDATES = 6
-
-
-@pytest.fixture(scope="session")
-def experiment(tmp_path_factory) -> list[str]:
-    """The arguments of a search of seconds: a small text, small operators, few tokens."""
-    folder = tmp_path_factory.mktemp("experiment")
-    space = search_config.plain(space_config(max_operators=6))
-    values = {
-        **SETTINGS,
-        "space": space,
-        "data": small_text(folder),
-        "evolution": {"initial_candidates": 3, "population_size": 3, "sample_size": 2},
-        "num_candidates": NUM_CANDIDATES,
-        "audit": {"candidates": 0},
-        # Far above any: what is proposed then depends on losses alone, which repeat.
-        "target_ms": 1e6,
-    }
-    (folder / "experiment").mkdir()
-    # The seeds of the demo's space are not those of the test's.
-    text = "# @package _global_\ndefaults:\n  - override /data: text\n" + yaml.safe_dump(values)
-    (folder / "experiment" / "tiny.yaml").write_text(text)
-    deleted = [f"~space.seeds.{name}" for name in ("mamba2_attention", "deltanet_mamba2")]
-    return ["--config-dir", str(folder), "experiment=tiny", *deleted]
 
 
 def start(experiment: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
@@ -230,14 +198,6 @@ class CrashingEvaluator(Evaluator):
         if "deltanet" in text:
             os._exit(9)
         return super().train(text, *arguments, report=report)
-
-
-def compose_tiny(experiment: list[str], *overrides: str):
-    config_dir = Path(experiment[1])
-    composed = compose("search", [*experiment[2:], *overrides], config_dir=config_dir)[0]
-    with open_dict(composed):
-        del composed["hydra"]
-    return read_config(composed)
 
 
 def test_a_logger_that_a_search_does_not_have_is_refused(experiment):
@@ -563,29 +523,6 @@ def test_an_audit_goes_on_after_a_kill_and_says_what_its_numbers_say(experiment,
         )
     assert "seed noise of the loss" in output
     assert f"rank correlation of 160 against 320 tokens {correlation['rho']:.2f}" in output
-
-
-def test_an_accuracy_can_be_the_objective(experiment, tmp_path):
-    overrides = ("evolution.objectives=[continuation_error,latency_ms]", "num_candidates=2")
-    summary = Search(compose_tiny(experiment, *overrides), tmp_path).run()
-    rows = read_json(tmp_path / "candidates.json")
-    (folder,) = {path.parent for path in Path(experiment[1]).glob("cache/**/tokenizer.json")}
-    corpus = PackedCorpus.open(folder)
-    items = build_continuations(corpus, 20, seed=0)
-    for row in rows:
-        architecture = Architecture.parse(row["architecture"])
-        model = load_weights(architecture, tmp_path / "candidates" / row["checkpoint"])
-        accuracy = continuation_accuracy(model, items, batch_size=16)
-        assert row["score"] == row["continuation_error"] == pytest.approx(1 - accuracy.accuracy)
-        assert row["continuation_error_low"] == pytest.approx(1 - accuracy.high)
-        assert row["score"] != row["loss"]
-    assert summary["quality"] == "continuation_error"
-    best = min(rows, key=lambda row: (row["continuation_error"], row["latency_ms"]))
-    assert summary["chosen"] == best["digest"]
-    assert summary["hypervolume_point"][0] == 0.75
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.metric_names == ["continuation_error", "latency_ms"]
-    assert [trial.values[0] for trial in study.trials] == [row["score"] for row in rows]
 
 
 def test_devices_that_a_candidate_cannot_have_are_refused(experiment, monkeypatch):
