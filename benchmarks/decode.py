@@ -5,7 +5,7 @@ Models of attention (Llama), of Mamba2 and of both (Bamba) at some 2, 20 and 100
 has to read and write at the least, over our median step, as a share of the best reading of a large
 buffer that was timed in turn with it: 1 is what memory allows. Where memory is shared with other
 machines its speed changes by the minute; the figures also hold the median of step against reading
-in the same round, and our step when nothing is compiled.
+in the same round, our step when nothing is compiled, and after how many tokens compiling has paid.
 
 python benchmarks/decode.py
 python benchmarks/decode.py --models llama --sizes 2M 20M --seconds 60
@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
+import time
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from latency.device import Device
-from latency.roofline import step_bytes
+from latency.roofline import probe_buffer, step_bytes
 from latency.timer import CpuMeter, Protocol, measure_interleaved
 from latency.workload import Workload
 from slm.architecture import Architecture
@@ -101,8 +104,10 @@ def compare(
     prompt = prompt.to(device.torch_device)
     check_alike(theirs, ours, prompt)
     max_tokens = workload.max_tokens + BURST_STEPS
+    begin_s = time.monotonic()
     decoder = Decoder(ours, max_tokens, compile_unit="step")
-    buffer = torch.ones(READ_BYTES // 4, device=device.torch_device)
+    compile_s = time.monotonic() - begin_s
+    buffer = probe_buffer(READ_BYTES, device)
 
     def generate(count: int) -> Tensor:
         return theirs.generate(
@@ -143,7 +148,9 @@ def compare(
         # Only the first step of a burst finds the caches as the reading left them.
         derive=lambda samples: {"paired": samples["read"] / samples["steps"]},
     )
-    step_ms = float(np.median(bandwidth.samples["steps"])) / BURST_STEPS
+    step_ms, plain_ms = (
+        float(np.median(bandwidth.samples[name])) / BURST_STEPS for name in ("steps", "plain")
+    )
     step = step_bytes(architecture, workload, context + BURST_STEPS // 2)
     read_ms = bandwidth.samples["read"]
     paired = bandwidth.measurements["paired"]
@@ -158,9 +165,9 @@ def compare(
         "ours_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["ours"])), 1),
         "theirs_tokens_per_s": round(1000 * new_tokens / float(np.median(samples["theirs"])), 1),
         "step_ms": round(step_ms, 4),
-        "not_compiled_step_ms": round(
-            float(np.median(bandwidth.samples["plain"])) / BURST_STEPS, 4
-        ),
+        "not_compiled_step_ms": round(plain_ms, 4),
+        "compile_s": round(compile_s, 1),
+        "compiling_pays_after_tokens": round(1000 * compile_s / (plain_ms - step_ms)),
         "bytes_per_s": 1000 * step / step_ms,
         "best_read_bytes_per_s": 1000 * READ_BYTES / float(read_ms.min()),
         "median_read_bytes_per_s": 1000 * READ_BYTES / float(np.median(read_ms)),
@@ -178,13 +185,16 @@ def main() -> None:
     protocol = Protocol(max_seconds=arguments.seconds, max_interval_percent=1.0, max_repeats=0)
     meter = CpuMeter()
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in arguments.models:
-        for size in arguments.sizes:
-            console.print(f"{name} of {size}")
-            width, vocab_size, layers = FAMILIES[name][size]
-            text = f"width={width} vocab_size={vocab_size} | {' '.join(layers)}"
-            row = compare(Architecture.parse(text), workload, device, protocol)
-            found.setdefault(name, {})[size] = row
+    with tempfile.TemporaryDirectory() as folder:
+        # Where nothing has been compiled: how long that takes is asked, too.
+        os.environ["SLM_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        for name in arguments.models:
+            for size in arguments.sizes:
+                console.print(f"{name} of {size}")
+                width, vocab_size, layers = FAMILIES[name][size]
+                text = f"width={width} vocab_size={vocab_size} | {' '.join(layers)}"
+                row = compare(Architecture.parse(text), workload, device, protocol)
+                found.setdefault(name, {})[size] = row
     print_results(found)
     results = {
         name: {
@@ -232,6 +242,8 @@ def print_results(found: dict[str, dict[str, dict[str, Any]]]) -> None:
         "GB/s",
         "of the best",
         "paired",
+        "compiled in, s",
+        "pays after",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, sizes in found.items():
@@ -248,6 +260,8 @@ def print_results(found: dict[str, dict[str, dict[str, Any]]]) -> None:
                 f"{row['bytes_per_s'] / 1e9:.1f}",
                 f"{row['bandwidth_fraction']:.2f}",
                 f"{row['paired_bandwidth_fraction']:.2f}",
+                f"{row['compile_s']:.0f}",
+                f"{row['compiling_pays_after_tokens']:,} tokens",
             )
     Console().print(table)
 

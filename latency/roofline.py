@@ -23,6 +23,7 @@ from latency.table_file import read_table, write_table
 from latency.timer import CpuMeter, quiet
 from latency.workload import Workload
 from slm.architecture import Architecture
+from slm.huge_pages import huge_memory
 
 DTYPES = ("float32", "bfloat16")
 # Other work can only slow a measurement down: the best of so many medians is taken.
@@ -151,10 +152,17 @@ def measure_peaks(device: Device, probe: Probe) -> Peaks:
 
 
 def _read_bytes_per_s(device: Device, probe: Probe, max_seconds: float) -> float:
-    # Written, not only allocated: pages that nobody wrote to share one page of zeros.
-    buffer = torch.ones(probe.buffer_bytes // 4, device=device.torch_device)
+    buffer = probe_buffer(probe.buffer_bytes, device)
     seconds = _best_seconds(buffer.sum, device, time.monotonic() + max_seconds)
     return buffer.nbytes / seconds
+
+
+def probe_buffer(num_bytes: int, device: Device) -> torch.Tensor:
+    """What is read to find out how fast that is: fp32, as weights lie, on a CPU in huge pages."""
+    if device.kind == "cuda":
+        return torch.ones(num_bytes // 4, device=device.torch_device)
+    # Written, not only allocated: pages that nobody wrote to share one page of zeros.
+    return torch.frombuffer(huge_memory(num_bytes), dtype=torch.float32).fill_(1.0)
 
 
 def _flops_per_s(device: Device, probe: Probe, dtype: torch.dtype, max_seconds: float) -> float:
@@ -226,6 +234,16 @@ def step_bytes(architecture: Architecture, workload: Workload, context: int) -> 
     state_bytes = architecture.state_bytes(context, value_bytes)
     rewritten_bytes = architecture.state_bytes(0, value_bytes)
     return values * value_bytes + workload.batch_size * (state_bytes + rewritten_bytes)
+
+
+def middle_context(architecture: Architecture, workload: Workload) -> int:
+    """Tokens that the step in the middle of the answer sees, meta tokens included."""
+    return architecture.meta_tokens + workload.prompt_tokens + (workload.new_tokens + 1) // 2
+
+
+def footprint_bytes(architecture: Architecture, workload: Workload) -> int:
+    """`step_bytes` in the middle of the answer: what passes through the caches, step by step."""
+    return step_bytes(architecture, workload, middle_context(architecture, workload))
 
 
 def step_flops(architecture: Architecture, workload: Workload, context: int) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slm.decoding_step import CompiledStep, CompileUnit, init_state
+from slm.huge_pages import move_to_huge_pages
 from slm.model import LanguageModel
 
 # Prompts are read in pieces of so many tokens, which bounds the memory that it takes.
@@ -21,7 +22,8 @@ class Decoder:
     """Decodes batches of `batch_size` rows of up to `max_tokens` tokens, prompt included.
 
     compile_unit: what of a step is compiled as one; see `slm.decoding_step`. The first decoder of
-        a model compiles it, for seconds per operator; it is found on disk from then on.
+        a model compiles it, for seconds per operator; it is found on disk from then on. Weights
+        that are on the CPU are moved to huge pages.
 
     Raises CompilationError if something is to be compiled and there is no compiler.
     """
@@ -37,6 +39,8 @@ class Decoder:
         self.model = model.eval()
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.compile_unit = compile_unit
+        if compile_unit != "eager":
+            move_to_huge_pages(model)
         self.num_meta = model.architecture.meta_tokens
         self.num_tokens = 0
         self.state = init_state(model, batch_size, max_tokens)

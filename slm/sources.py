@@ -9,7 +9,7 @@ from pathlib import Path
 from slm.plugins import plugin_digests
 
 FOLDER = Path(__file__).parent
-MODULES = ("model.py", "generation.py", "compilation.py", "decoding_step.py")
+MODULES = ("model.py", "generation.py", "compilation.py", "decoding_step.py", "huge_pages.py")
 PACKAGES = ("kernels", "kernels/triton", "operators")
 
 
