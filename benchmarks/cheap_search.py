@@ -45,9 +45,9 @@ class CheapSearcher(Searcher):
 
     @cached_property
     def tables(self) -> Any:
-        """What is asked for is the reference's time."""
+        """What is asked for are the references' times, which nobody uses."""
         key = self.config.workload, self.config.space.meta_tokens[0]
-        return {key: SimpleNamespace(reference_ms=1.0)}
+        return {key: SimpleNamespace(reference_times=None)}
 
     def _predict_ms(self, architecture: Architecture, workload: Workload) -> float:
         return predicted_ms(architecture)

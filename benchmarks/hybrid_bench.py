@@ -32,7 +32,8 @@ from rich.console import Console
 
 from latency.device import Device
 from latency.profile import profile
-from latency.request import REFERENCE, REFERENCE_WORKLOAD, decoding, reference_decoding
+from latency.reference import ReferenceTimes, measure_references, reference_decodings
+from latency.request import decoding
 from latency.timer import Protocol
 from latency.workload import Workload
 from search.config import plain
@@ -177,22 +178,21 @@ def measure_all(texts: list[str], latencies: Path) -> None:
     missing = [text for text in texts if not latency_path(latencies, text).exists()]
     console.print(f"{len(texts) - len(missing)} of {len(texts)} are measured")
     decodings = [decoding(Architecture.parse(t), WORKLOAD, device, "operator") for t in missing]
-    compile_ahead([reference_decoding(device, "operator"), *decodings], console.print)
+    compile_ahead([*reference_decodings(device, "operator"), *decodings], console.print)
     yardstick = latencies / "yardstick.json"
     if not yardstick.exists():
-        found = profile(REFERENCE, REFERENCE_WORKLOAD, device, PROTOCOL)
-        reference_ms = found.reference_ms.median_ms
-        write_atomically(yardstick, json.dumps({"reference_ms": reference_ms}))
-    reference_ms = json.loads(yardstick.read_text())["reference_ms"]
+        write_atomically(yardstick, json.dumps(measure_references(device, PROTOCOL).to_dict()))
+    reference_times = ReferenceTimes.from_dict(json.loads(yardstick.read_text()))
     for number, text in enumerate(missing, start=1):
         found = profile(Architecture.parse(text), WORKLOAD, device, PROTOCOL)
-        low, high = found.request_per_reference_interval
+        scale = found.scale(reference_times)
+        request = found.request_ms
         row = {
             "architecture": text,
-            "latency_ms": found.request_per_reference * reference_ms,
-            "latency_low_ms": low * reference_ms,
-            "latency_high_ms": high * reference_ms,
-            "raw_ms": found.request_ms.median_ms,
+            "latency_ms": scale * request.median_ms,
+            "latency_low_ms": scale * request.low_ms,
+            "latency_high_ms": scale * request.high_ms,
+            "raw_ms": request.median_ms,
             "device": device.describe(),
         }
         write_atomically(latency_path(latencies, text), json.dumps(row))

@@ -93,7 +93,7 @@ def report(
         "rows_converged": sum(row.converged for row in rows),
         "rows_quiet": sum(row.quiet for row in rows),
         "other_cpus_busy": round(meter.others_busy(), 2),
-        "reference_ms": table.reference_ms,
+        "reference_times": table.to_dict()["reference_times"],
         "models": {
             name: [
                 {"architecture": text, "predicted_ms": predicted, "measured_ms": measured}

@@ -1,10 +1,10 @@
 """Whether a latency measured again, in another process and much later, is the same.
 
-Random models of the demo's space are measured whole, twice, with `--minutes` between. Two
+Random models of the demo's space are measured whole, in turn, twice, with `--minutes` between. Two
 measurements of a model agree if they differ by no more than the 95 % interval of their difference,
 which follows from both intervals, neither being wider than ±3 %. Compared is the request as a
-multiple of the reference that ran interleaved, which is what tables and searches go by: the machine
-need not be equally fast both times. Times by the clock are there too.
+multiple of the references that ran interleaved, which is what tables and searches go by: the
+machine need not be equally fast both times. Times by the clock are there too.
 
 python benchmarks/repeatability.py
 python benchmarks/repeatability.py --models 20 --minutes 5
@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from latency.device import Device
-from latency.profile import profile
-from latency.request import decoding, reference_decoding
+from latency.profile import profile_in_turn
+from latency.reference import reference_decodings
+from latency.request import decoding
 from latency.timer import WIDEST_PERCENT, Protocol
 from latency.workload import Workload
 from search.space import SearchSpace, SpaceConfig
@@ -52,7 +53,7 @@ def main() -> None:
     architectures = map(Architecture.parse, texts)
     decodings = [decoding(each, WORKLOAD, device, COMPILE_UNIT) for each in architectures]
     compile_ahead(
-        [reference_decoding(device, COMPILE_UNIT), *decodings], Console(stderr=True).print
+        [*reference_decodings(device, COMPILE_UNIT), *decodings], Console(stderr=True).print
     )
     began = time.monotonic()
     first = in_fresh_process(texts, arguments)
@@ -118,13 +119,12 @@ def measure(texts: list[str], threads: int, seconds: float) -> list[Record]:
     device = Device.current(threads=threads, kind="cpu")
     protocol = Protocol(max_seconds=seconds, compile_unit=COMPILE_UNIT)
     found = []
-    for text in texts:
-        result = profile(Architecture.parse(text), WORKLOAD, device, protocol)
+    for result in profile_in_turn(map(Architecture.parse, texts), WORKLOAD, device, protocol):
         request = result.request_ms
         low, high = result.request_per_reference_interval
         found.append(
             {
-                "architecture": text,
+                "architecture": str(result.architecture),
                 "ratio": [low, result.request_per_reference, high],
                 "request_ms": [request.low_ms, request.median_ms, request.high_ms],
                 "converged": request.converged,
@@ -150,7 +150,7 @@ def half_width_percent(a: list[float]) -> float:
 
 
 def print_pairs(pairs: list[tuple[Record, Record]]) -> None:
-    table = Table(title="request as a multiple of the reference, measured twice")
+    table = Table(title="request as a multiple of the references, measured twice")
     for column in ("first", "±, %", "second", "±, %", "difference, %", "agree", "by the clock, %"):
         table.add_column(column, justify="right")
     for first, second in pairs:

@@ -1,11 +1,11 @@
-"""One architecture, whole, measured on this device."""
+"""Architectures, whole, measured on this device."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,21 +14,19 @@ from latency.device import Device
 from latency.gpu_monitor import GpuConditions
 from latency.lock import device_lock
 from latency.memory import PeakMemory
-from latency.request import BURST_STEPS, Request, reference_request
-from latency.roofline import Peaks, Roofline, roofline
-from latency.timer import (
-    MIN_PLACEMENTS,
-    MIN_ROUNDS,
-    CpuMeter,
-    Measurement,
-    Protocol,
-    Samples,
-    Timing,
-    drift_percent,
-    measure_interleaved,
-    quiet,
-    weighted_sum,
+from latency.placement import (
+    Placement,
+    is_narrow,
+    measure_sampled,
+    measure_whole,
+    num_placements,
+    pooled,
+    share_of,
 )
+from latency.reference import REQUESTS, References, ReferenceTimes, reference_time
+from latency.request import Request
+from latency.roofline import Peaks, Roofline, footprint_bytes, middle_context, roofline
+from latency.timer import CpuMeter, Measurement, Protocol, drift_percent, quiet
 from latency.workload import Workload
 from slm.architecture import Architecture
 from slm.decoding_step import CompileUnit
@@ -41,11 +39,11 @@ class Profile:
     request_ms: from the prompt to the last new token.
     ttft_ms: time to first token: the prompt's prefill and the choice of a token.
     tpot_ms: time per output token, (request − ttft) / (new_tokens − 1).
-    reference_ms: the fixed reference request that ran interleaved; drift_percent: by how much it
-        became slower from the first half of the run to the second.
-    request_per_reference: the request as a multiple of the reference in the same round: what can
-        be compared between runs while the machine was not equally fast; and the 95 % interval of
-        that.
+    reference_times: of the references that ran interleaved, see `latency.reference`;
+        reference_ms: between them, at the model's own `footprint_bytes`; drift_percent: by how much
+        that became slower from the first half of the run to the second.
+    request_per_reference: the request as a multiple of that in the same round: what can be compared
+        between runs while the machine was not equally fast; and the 95 % interval of it.
     method: 'whole' requests, or decoding steps 'sampled' at several contexts and integrated.
     compile_unit: what was compiled as one; 'eager' is nothing.
     state_bytes: of the whole batch, at the end of the request.
@@ -66,7 +64,9 @@ class Profile:
     request_ms: Measurement
     ttft_ms: Measurement
     tpot_ms: Measurement
+    reference_times: ReferenceTimes
     reference_ms: Measurement
+    footprint_bytes: int
     drift_percent: float
     request_per_reference: float
     request_per_reference_interval: tuple[float, float]
@@ -84,15 +84,6 @@ class Profile:
     cache_state: Literal["hot"] = "hot"
 
     @property
-    def middle_context(self) -> int:
-        """Tokens that the step in the middle of the answer sees, meta tokens included."""
-        return (
-            self.architecture.meta_tokens
-            + self.workload.prompt_tokens
-            + (self.workload.new_tokens + 1) // 2
-        )
-
-    @property
     def tokens_per_s(self) -> tuple[float, float, float]:
         """New tokens of the whole batch per second of the request: median, low, high."""
         tokens = self.workload.batch_size * self.workload.new_tokens
@@ -102,12 +93,18 @@ class Profile:
         )
         return median, low, high
 
+    def scale(self, reference_times: ReferenceTimes) -> float:
+        """By what its times are multiplied to hold at the machine speed of other references."""
+        return reference_times.scale(
+            self.request_ms.median_ms, self.request_per_reference, self.footprint_bytes
+        )
+
     def roofline(self, peaks: Peaks) -> Roofline:
         """The time per output token beside what the device could do at best."""
         return roofline(
             self.architecture,
             self.workload,
-            self.middle_context,
+            middle_context(self.architecture, self.workload),
             self.tpot_ms.median_ms,
             peaks,
         )
@@ -120,6 +117,7 @@ class Profile:
                 values[name] = value.to_dict()
             elif isinstance(value, Workload | Protocol):
                 values[name] = dict(vars(value))
+        values["reference_times"] = self.reference_times.to_dict()
         values["gpu"] = [each.to_dict() for each in self.gpu]
         values["request_per_reference_interval"] = list(self.request_per_reference_interval)
         values["architecture"] = str(self.architecture)
@@ -129,22 +127,6 @@ class Profile:
             zip(("median", "low", "high"), self.tokens_per_s, strict=True)
         )
         return values
-
-
-@dataclass(frozen=True)
-class _Times:
-    """What one placement gives, in both ways of measuring; `reference` are samples in ms.
-
-    ratio: of the request to the reference in the same round, a number and no time.
-    timings: what it was measured in.
-    """
-
-    request: Measurement
-    ttft: Measurement
-    tpot: Measurement
-    reference: np.ndarray
-    ratio: Measurement
-    timings: list[Timing]
 
 
 def profile(
@@ -158,178 +140,148 @@ def profile(
 
     A request that takes longer than `protocol.max_request_seconds` is sampled, not run.
     """
-    protocol = protocol or Protocol()
-    unit = protocol.compile_unit
-    # What is compiled is compiled under the lock too: it would disturb others that measure.
-    with device_lock(name=device.lock_name):
-        reference = reference_request(device, unit)
-        if unit != "eager":
-            # Once for the compiler, whose memory is not the model's.
-            Request(architecture, workload, device, unit, seed)
-        memory = PeakMemory()
-        with memory.measured(device) as restart, quiet(device):
-            begin_s = time.monotonic()
-            request = Request(architecture, workload, device, unit, seed)
-            # Building takes more: weights are drawn in fp32.
-            restart()
-            is_whole = request.estimate_ms() <= 1000 * protocol.max_request_seconds
-            measure = _measure_whole if is_whole else _measure_sampled
-            placements = _num_placements(request, is_whole, time.monotonic() - begin_s, protocol)
-            share = _share(protocol, placements)
-            meter = CpuMeter()
-            begin_s = time.monotonic()
-            times = [measure(request, reference, share)]
-        # Kept until as many others were made, so that each gets memory of its own.
-        held = deque([(request, reference)], maxlen=placements)
-        with quiet(device):
-            while len(times) < placements or (
-                placements > 1
-                and time.monotonic() - begin_s < protocol.max_seconds
-                and not _is_narrow(times, protocol.max_interval_percent)
-            ):
-                request = Request(architecture, workload, device, unit, seed)
-                held.append((request, reference_request(device, unit)))
-                times.append(measure(*held[-1], share))
-            other_cpus_busy = meter.others_busy()
-    context = architecture.meta_tokens + workload.max_tokens
-    state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
-    percent = protocol.max_interval_percent
-    request_ms, ratio = _pooled(times, "request", percent), _pooled(times, "ratio", percent)
-    reference_samples = np.concatenate([each.reference for each in times])
-    timings = [timing for each in times for timing in each.timings]
-    return Profile(
-        architecture=architecture,
-        workload=workload,
-        device=device,
-        protocol=protocol,
-        request_ms=request_ms,
-        ttft_ms=_pooled(times, "ttft", percent),
-        tpot_ms=_pooled(times, "tpot", percent),
-        reference_ms=Measurement.from_samples(reference_samples, percent, request_ms.quiet),
-        drift_percent=drift_percent(reference_samples),
-        request_per_reference=ratio.median_ms,
-        request_per_reference_interval=(ratio.low_ms, ratio.high_ms),
-        method="whole" if is_whole else "sampled",
-        compile_unit=unit,
-        parameters=architecture.parameters(),
-        state_bytes=workload.batch_size * state_bytes,
-        peak_memory_bytes=memory.bytes,
-        other_cpus_busy=other_cpus_busy,
-        placements=len(times),
-        repeats=sum(timing.repeats for timing in timings),
-        disturbed_rounds=dict(
-            sum((Counter(timing.disturbed_rounds) for timing in timings), Counter())
-        ),
-        gpu=tuple(timing.gpu for timing in timings if timing.gpu),
-        seed=seed,
-    )
+    (found,) = profile_in_turn([architecture], workload, device, protocol, seed)
+    return found
 
 
-def _num_placements(
-    request: Request, is_whole: bool, seconds_to_make: float, protocol: Protocol
-) -> int:
-    """As many as the protocol asks for and there is time for; one if that is too few to compare."""
-    round_ms = request.estimate_ms()
-    if is_whole:
-        # The reference and the first token come to less than another request.
-        round_ms *= 2
-    else:
-        steps = request.workload.new_tokens - 1
-        round_ms *= min(1.0, protocol.num_contexts * BURST_STEPS / steps)
-    rounds = MIN_ROUNDS + protocol.warmup_rounds
-    seconds = seconds_to_make + rounds * round_ms / 1000
-    count = min(protocol.placements, int(protocol.max_seconds / seconds))
-    return count if count >= MIN_PLACEMENTS else 1
+def profile_in_turn(
+    architectures: Iterable[Architecture],
+    workload: Workload,
+    device: Device,
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Profile]:
+    """Measure several models, a placement of each after the other, until all are known.
 
-
-def _share(protocol: Protocol, placements: int) -> Protocol:
-    """How carefully to measure in each of so many placements.
-
-    Errors of rounds average out between placements: half of what is left for the interval is for
-    them, the rest for what differs between placements.
+    What changes on the machine for seconds or minutes is then in all figures alike, and in their
+    intervals, where models that are measured one by one have each their own minute. `progress` is
+    told what was measured for the first time.
     """
-    return replace(
-        protocol,
-        max_seconds=protocol.max_seconds / placements,
-        max_interval_percent=protocol.max_interval_percent * max(1.0, math.sqrt(placements) / 2),
-    )
+    protocol = protocol or Protocol()
+    every = [_Profiling(each, workload, device, protocol, seed) for each in architectures]
+    # Kept until as many others were made, so that each gets memory of its own.
+    held: deque[Any] = deque(maxlen=protocol.placements)
+    for number, each in enumerate(every, start=1):
+        held.append(each.begin())
+        if progress:
+            progress(f"whole model {number} of {len(every)}: {each.architecture}")
+    while unknown := [each for each in every if not each.is_done]:
+        with quiet(device):
+            for each in unknown:
+                held.append(each.go_on())
+    return [each.result() for each in every]
 
 
-def _pooled(times: list[_Times], name: str, max_interval_percent: float) -> Measurement:
-    """One of the quantities, over all placements."""
-    return Measurement.from_placements(
-        [getattr(each, name) for each in times], max_interval_percent
-    )
+class _Profiling:
+    """A model that is being measured, placement by placement."""
 
+    def __init__(
+        self,
+        architecture: Architecture,
+        workload: Workload,
+        device: Device,
+        protocol: Protocol,
+        seed: int,
+    ) -> None:
+        self.architecture, self.workload, self.device = architecture, workload, device
+        self.protocol, self.seed = protocol, seed
+        self.memory, self.placements = PeakMemory(), list[Placement]()
+        # Spent on its placements, all else that is done meanwhile not counted.
+        self.seconds = 0.0
 
-def _is_narrow(times: list[_Times], max_interval_percent: float) -> bool:
-    """Whether request and ratio are known as well as asked."""
-    return all(
-        _pooled(times, name, max_interval_percent).converged for name in ("request", "ratio")
-    )
+    def begin(self) -> object:
+        """Measure in the first placement; what it has to be kept by."""
+        unit = self.protocol.compile_unit
+        # What is compiled is compiled under the lock too: it would disturb others that measure.
+        with device_lock(name=self.device.lock_name):
+            references = References(self.device, unit)
+            if unit != "eager":
+                # Once for the compiler, whose memory is not the model's.
+                self._request()
+            with self.memory.measured(self.device) as restart, quiet(self.device):
+                begin_s = time.monotonic()
+                request = self._request()
+                # Building takes more: weights are drawn in fp32.
+                restart()
+                limit_ms = 1000 * self.protocol.max_request_seconds
+                self.is_whole = request.estimate_ms() <= limit_ms
+                seconds = time.monotonic() - begin_s
+                self.num_placements = num_placements(
+                    request, references, self.is_whole, seconds, self.protocol
+                )
+                self.meter = CpuMeter()
+                return self._measure(request, references)
 
+    def go_on(self) -> object:
+        """Measure in one more placement; what it has to be kept by."""
+        unit = self.protocol.compile_unit
+        return self._measure(self._request(), References(self.device, unit))
 
-def _measure_whole(request: Request, reference: Request, protocol: Protocol) -> _Times:
-    """Whole requests; they, and their ratio to the reference, are asked to converge."""
-    steps = request.workload.new_tokens - 1
-    functions = {
-        "reference": reference.run,
-        "ttft": request.first_token,
-        "request": request.run,
-    }
-    timing = measure_interleaved(
-        functions,
-        request.device,
-        protocol,
-        prepare={"reference": reference.run},
-        derive=lambda samples: {
-            "request": samples["request"],
-            "ratio": samples["request"] / samples["reference"],
-        },
-    )
-    samples = timing.samples
-
-    def measurement(values: np.ndarray) -> Measurement:
-        return Measurement.from_samples(values, protocol.max_interval_percent, timing.quiet)
-
-    return _Times(
-        timing.measurements["request"],
-        measurement(samples["ttft"]),
-        measurement((samples["request"] - samples["ttft"]) / steps),
-        samples["reference"],
-        timing.measurements["ratio"],
-        [timing],
-    )
-
-
-def _measure_sampled(request: Request, reference: Request, protocol: Protocol) -> _Times:
-    """The phases of a request one after the other, each beside the reference."""
-    phases = request.sampled(protocol.num_contexts)
-    share = replace(protocol, max_seconds=protocol.max_seconds / len(phases))
-    terms: list[tuple[float, Measurement]] = []
-    timings = []
-    ratios: list[tuple[float, Measurement]] = []
-
-    def wanted(samples: Samples) -> Samples:
-        return {"phase": samples["phase"], "ratio": samples["phase"] / samples["reference"]}
-
-    for phase in phases:
-        timing = measure_interleaved(
-            {"reference": reference.run, "phase": phase.run},
-            request.device,
-            share,
-            prepare={"reference": reference.run, "phase": phase.prepare},
-            derive=wanted,
+    @property
+    def is_done(self) -> bool:
+        """Whether it is known as well as asked, or its time is up."""
+        if len(self.placements) < self.num_placements:
+            return False
+        return (
+            self.num_placements == 1
+            or self.seconds >= self.protocol.max_seconds
+            or is_narrow(self.placements, self.protocol.max_interval_percent)
         )
-        terms.append((phase.weight, timing.measurements["phase"]))
-        timings.append(timing)
-        ratios.append((phase.weight, timing.measurements["ratio"]))
-    steps = request.workload.new_tokens - 1
-    return _Times(
-        weighted_sum(terms),
-        terms[0][1],
-        weighted_sum([(weight / steps, step) for weight, step in terms[1:]]),
-        np.concatenate([timing.samples["reference"] for timing in timings]),
-        weighted_sum(ratios),
-        timings,
-    )
+
+    def _request(self) -> Request:
+        unit = self.protocol.compile_unit
+        return Request(self.architecture, self.workload, self.device, unit, self.seed)
+
+    def _measure(self, request: Request, references: References) -> object:
+        measure = measure_whole if self.is_whole else measure_sampled
+        begin_s = time.monotonic()
+        share = share_of(self.protocol, self.num_placements)
+        self.placements.append(measure(request, references, share))
+        self.seconds += time.monotonic() - begin_s
+        return request, references
+
+    def result(self) -> Profile:
+        """What all placements say."""
+        architecture, workload = self.architecture, self.workload
+        percent = self.protocol.max_interval_percent
+        request_ms, ttft_ms, tpot_ms, ratio = (
+            pooled(self.placements, name, percent) for name in ("request", "ttft", "tpot", "ratio")
+        )
+        samples = {
+            name: np.concatenate([each.references[name] for each in self.placements])
+            for name in REQUESTS
+        }
+        footprint = footprint_bytes(architecture, workload)
+        reference_samples = reference_time(samples, footprint)
+        context = architecture.meta_tokens + workload.max_tokens
+        state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
+        timings = [timing for each in self.placements for timing in each.timings]
+        return Profile(
+            architecture=architecture,
+            workload=workload,
+            device=self.device,
+            protocol=self.protocol,
+            request_ms=request_ms,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            reference_times=ReferenceTimes.from_samples(samples),
+            reference_ms=Measurement.from_samples(reference_samples, percent, request_ms.quiet),
+            footprint_bytes=footprint,
+            drift_percent=drift_percent(reference_samples),
+            request_per_reference=ratio.median_ms,
+            request_per_reference_interval=(ratio.low_ms, ratio.high_ms),
+            method="whole" if self.is_whole else "sampled",
+            compile_unit=self.protocol.compile_unit,
+            parameters=architecture.parameters(),
+            state_bytes=workload.batch_size * state_bytes,
+            peak_memory_bytes=self.memory.bytes,
+            other_cpus_busy=self.meter.others_busy(),
+            placements=len(self.placements),
+            repeats=sum(timing.repeats for timing in timings),
+            disturbed_rounds=dict(
+                sum((Counter(timing.disturbed_rounds) for timing in timings), Counter())
+            ),
+            gpu=tuple(timing.gpu for timing in timings if timing.gpu),
+            seed=self.seed,
+        )

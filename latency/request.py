@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,10 +25,6 @@ ESTIMATE_STEPS = 3
 # Steps timed together: as in a whole request, all but the first find the caches as a step left
 # them, not as what ran interleaved did.
 BURST_STEPS = 16
-
-# What runs beside every measurement, the same everywhere: how fast the machine is at the moment.
-REFERENCE = Architecture.parse("width=64 vocab_size=256 | attention(head_dim=32) ffn")
-REFERENCE_WORKLOAD = Workload(prompt_tokens=16, new_tokens=32)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Request:
         compile_unit: CompileUnit = "eager",
         seed: int = 0,
     ) -> None:
-        self.workload, self.device = workload, device
+        self.architecture, self.workload, self.device = architecture, workload, device
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator only: a caller's CUDA generators stay as they are.
             torch.default_generator.manual_seed(seed)
@@ -100,10 +96,6 @@ class Request:
         ]
         return first_token_ms + steps * statistics.median(times)
 
-    def whole(self) -> list[Phase]:
-        """The request in one phase."""
-        return [Phase(1.0, self.run, _nothing)]
-
     def sampled(self, num_contexts: int) -> list[Phase]:
         """The request as its first token and one phase for each of the contexts.
 
@@ -112,16 +104,27 @@ class Request:
         """
         steps = self.workload.new_tokens - 1
         bounds = [steps * place // num_contexts for place in range(num_contexts + 1)]
-        phases = [Phase(1.0, self.first_token, _nothing)]
+        phases = [self.prompt_phase()]
         for begin, end in itertools.pairwise(bounds):
             if begin < end:
                 burst = min(BURST_STEPS, end - begin)
                 first = self.workload.prompt_tokens + (begin + end - burst) // 2
-                last = self.workload.prompt_tokens + end
-                run = partial(self.steps, burst)
-                hold = partial(self._hold, first, last - burst)
-                phases.append(Phase((end - begin) / burst, run, hold))
+                step = self.step_phase(first, self.workload.prompt_tokens + end)
+                phases.append(replace(step, weight=(end - begin) * step.weight))
         return phases
+
+    def prompt_phase(self) -> Phase:
+        """The request up to its first token."""
+        return Phase(1.0, self.first_token, _nothing)
+
+    def step_phase(self, first: int, last: int) -> Phase:
+        """One decoding step, timed in bursts that begin and end with `first` to `last` tokens read.
+
+        Meta tokens are not counted.
+        """
+        burst = min(BURST_STEPS, last - first)
+        hold = partial(self._hold, first, last - burst)
+        return Phase(1.0 / burst, partial(self.steps, burst), hold)
 
     def _hold(self, first: int, last: int) -> None:
         """See to it that between `first` and `last` tokens have been read."""
@@ -142,20 +145,6 @@ def decoding(
         device.torch_device,
         device.threads,
     )
-
-
-def reference_decoding(device: Device, compile_unit: CompileUnit) -> Decoding:
-    """What the reference request decodes."""
-    return decoding(REFERENCE, REFERENCE_WORKLOAD, device, compile_unit)
-
-
-def reference_request(device: Device, compile_unit: CompileUnit = "eager") -> Request:
-    """The request that runs interleaved with whatever is measured on a device.
-
-    It says how fast the machine is. What ran before must not show in that: it runs twice, and the
-    second time, when the caches are its own, counts.
-    """
-    return Request(REFERENCE, REFERENCE_WORKLOAD, device, compile_unit)
 
 
 def _nothing() -> None:

@@ -1,21 +1,22 @@
 """The latency table: what each operator costs inside a model, measured once per device.
 
-    latency(architecture) ≈ base(width) + Σ row(operator, width)
+    latency(architecture) ≈ base(width) + Σ cost(operator, width)
+    cost(operator, width) = row(prompt) + Σ steps · row(context)
 
-A row is the difference between two requests run by the Decoder, interleaved: of a model with
-COPIES more of the operator than an anchor model, and of the anchor, divided by COPIES. The base is
-what is left of the anchor without its one operator: embedding, last norm, head, the choice of a
-token, the loop.
+A row holds what an operator adds to one part of a request, see `latency.grid`: the difference
+between two models run by the Decoder, interleaved, of which one has COPIES more of the operator
+than the other, the anchor, divided by COPIES. The base is what is left of the anchor without its
+one operator: embedding, last norm, head, the choice of a token, the loop. One table serves all
+workloads that are alike in batch and dtype, and measures only what one has that others had not.
 
-A fixed reference request runs in every round. Costs are divided by its time in the same round and
-multiplied by its time when the table was begun, so that rows measured while the machine was not
-equally fast (drift, busy neighbours) fit together.
+References run in every round, see `latency.reference`. Times are divided by theirs in the same
+round and multiplied by theirs when the table was begun, so that rows measured while the machine was
+not equally fast (drift, busy neighbours) fit together.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,17 @@ from typing import Any
 import numpy as np
 
 from latency.device import Device
+from latency.grid import Part, contexts, most_tokens, operator_parts
 from latency.lock import device_lock
-from latency.profile import profile
-from latency.request import Request, decoding, reference_decoding, reference_request
+from latency.profile import profile_in_turn
+from latency.reference import (
+    References,
+    ReferenceTimes,
+    reference_decodings,
+    reference_time,
+)
+from latency.request import Phase, Request, decoding
+from latency.roofline import footprint_bytes
 from latency.table_error import TableError, table_error
 from latency.table_file import read_table, write_table
 from latency.timer import (
@@ -36,7 +45,6 @@ from latency.timer import (
     Protocol,
     Samples,
     measure_interleaved,
-    quiet,
     weighted_sum,
 )
 from latency.workload import Workload
@@ -51,7 +59,6 @@ COPIES = 4
 # Cheap and possible at every width; a model needs an operator.
 ANCHOR = FFNConfig(ratio=1.0, multiple_of=1)
 BASE = "base"
-REFERENCE = "reference"
 
 Row = tuple[OperatorConfig, int]  # operator, width
 Progress = Callable[[str], None]
@@ -71,13 +78,15 @@ class Prediction:
 
 @dataclass
 class LatencyTable:
-    """Rows for one workload on one device, for models that are alike outside of their operators.
+    """Rows on one device for models that are alike outside of their operators.
 
+    workload: what it is asked about; of batch and dtype only there are rows of others, too.
     vocab_size, meta_tokens, normalize_logits: as in the architectures that it is asked about.
     compile_unit: of the decoder that it is measured with.
-    rows: by width, then by the operator's text; `BASE` names the rest of the model.
-    reference_ms: time of the reference request at the machine speed at which the rows hold; None
-        while there are no rows.
+    rows: by width, then by the operator's text and the part of a request, see `row_name`; `BASE`
+        names the rest of the model.
+    reference_times: of the references at the machine speed at which the rows hold; None while there
+        are no rows.
     """
 
     workload: Workload
@@ -87,7 +96,7 @@ class LatencyTable:
     normalize_logits: bool = False
     compile_unit: CompileUnit = "eager"
     rows: dict[int, dict[str, Measurement]] = field(default_factory=dict)
-    reference_ms: float | None = None
+    reference_times: ReferenceTimes | None = None
 
     @classmethod
     def load_or_build(
@@ -137,18 +146,24 @@ class LatencyTable:
 
     def path(self, cache_dir: Path) -> Path:
         """Where the table is kept."""
-        parts = [str(self.workload), f"v{self.vocab_size}", f"m{self.meta_tokens}"]
+        names = [self._kind_of_workload(), f"v{self.vocab_size}", f"m{self.meta_tokens}"]
         if self.normalize_logits:
-            parts.append("normalized")
-        parts.append(self.compile_unit)
-        return cache_dir / "latency" / self.device.key / f"{'-'.join(parts)}.json"
+            names.append("normalized")
+        names.append(self.compile_unit)
+        return cache_dir / "latency" / self.device.key / f"{'-'.join(names)}.json"
 
-    def missing(self, operators: Iterable[Row]) -> dict[int, list[OperatorConfig]]:
-        """What of `operators` has no row, by width."""
-        found: dict[int, list[OperatorConfig]] = {}
+    def missing(self, operators: Iterable[Row]) -> dict[int, dict[OperatorConfig, list[Part]]]:
+        """The parts of the workload for which `operators` have no row, by width and operator."""
+        found: dict[int, dict[OperatorConfig, list[Part]]] = {}
         for operator, width in dict.fromkeys(operators):
-            if str(operator) not in self.rows.get(width, {}):
-                found.setdefault(width, []).append(operator)
+            rows = self.rows.get(width, {})
+            parts = [
+                part
+                for part in self._parts(operator, width)
+                if row_name(operator, part) not in rows
+            ]
+            if parts:
+                found.setdefault(width, {})[operator] = parts
         return found
 
     def terms(self, architecture: Architecture) -> list[tuple[str, int, Measurement]]:
@@ -160,15 +175,32 @@ class LatencyTable:
             asked, known = getattr(architecture, name), getattr(self, name)
             if asked != known:
                 raise ValueError(f"{name}: the latency table holds for {known}, got {asked}")
-        rows = self.rows.get(architecture.width, {})
-        counts = {BASE: 1, **Counter(map(str, architecture.operators))}
-        absent = [name for name in counts if name not in rows]
+        width = architecture.width
+        rows = self.rows.get(width, {})
+        counts = Counter(architecture.operators)
+        wanted = {BASE: (1, self._parts(ANCHOR, width))} | {
+            str(operator): (count, self._parts(operator, width))
+            for operator, count in counts.items()
+        }
+        absent = [
+            row_name(name, part)
+            for name, (_, parts) in wanted.items()
+            for part in parts
+            if row_name(name, part) not in rows
+        ]
         if absent:
             raise ValueError(
-                f"no row in the latency table at width {architecture.width} for "
-                f"{', '.join(absent)}; there are: {', '.join(rows) or 'none'}"
+                f"no row in the latency table at width {width} for {'; '.join(absent)}; "
+                f"there are: {'; '.join(rows) or 'none'}"
             )
-        return [(name, count, rows[name]) for name, count in counts.items()]
+        return [
+            (
+                name,
+                count,
+                weighted_sum((times, rows[row_name(name, part)]) for part, times in parts.items()),
+            )
+            for name, (count, parts) in wanted.items()
+        ]
 
     def predict(self, architecture: Architecture) -> Prediction:
         """The request's latency as base + Σ rows. Raises ValueError if a row is missing."""
@@ -181,32 +213,28 @@ class LatencyTable:
         protocol: Protocol | None = None,
         progress: Progress | None = None,
     ) -> TableError:
-        """Measure whole models and compare; their operators need rows.
+        """Measure whole models, in turn, and compare; their operators need rows.
 
         Times are brought to the table's machine speed by the reference that runs beside both.
         """
         chosen = list(architectures)
         predicted = [self.predict(architecture).request_ms for architecture in chosen]
-        assert self.reference_ms is not None
-        measured, raw = [], []
-        for number, architecture in enumerate(chosen, start=1):
-            if progress:
-                progress(f"whole model {number} of {len(chosen)}: {architecture}")
-            whole = profile(architecture, self.workload, self.device, protocol)
-            measured.append(whole.request_per_reference * self.reference_ms)
-            raw.append(whole.request_ms.median_ms)
+        assert self.reference_times is not None
+        found = profile_in_turn(chosen, self.workload, self.device, protocol, progress=progress)
+        raw = [each.request_ms.median_ms for each in found]
+        measured = [each.request_ms.median_ms * each.scale(self.reference_times) for each in found]
         return table_error([str(each) for each in chosen], predicted, measured, raw)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what `load_or_build` keeps."""
         return {
-            "workload": str(self.workload),
+            "workload": self._kind_of_workload(),
             "device": self.device.describe(),
             "vocab_size": self.vocab_size,
             "meta_tokens": self.meta_tokens,
             "normalize_logits": self.normalize_logits,
             "compile_unit": self.compile_unit,
-            "reference_ms": self.reference_ms,
+            "reference_times": self.reference_times and self.reference_times.to_dict(),
             "rows": {
                 str(width): {name: row.to_dict() for name, row in rows.items()}
                 for width, rows in self.rows.items()
@@ -224,76 +252,105 @@ class LatencyTable:
         key = values["device"].get("key") if isinstance(values.get("device"), dict) else None
         if key != self.device.key:
             raise ValueError(f"device.key: expected {self.device.key!r}, got {key!r}")
-        reference_ms = values.get("reference_ms")
-        if not isinstance(reference_ms, float) or not 0 < reference_ms < math.inf:
-            raise ValueError(f"reference_ms: must be > 0, got {reference_ms!r}")
+        reference_times = ReferenceTimes.from_dict(values.get("reference_times"))
         rows: dict[int, dict[str, Measurement]] = {}
         for width, measured in values["rows"].items():
-            if not isinstance(measured, dict) or BASE not in measured:
+            if not isinstance(measured, dict) or not any(
+                name.startswith(f"{BASE}, ") for name in measured
+            ):
                 raise ValueError(f"rows.{width}: no base")
             rows[int(width)] = {name: Measurement.from_dict(m) for name, m in measured.items()}
-        return replace(self, rows=rows, reference_ms=reference_ms)
+        return replace(self, rows=rows, reference_times=reference_times)
 
     def _measure(
-        self, width: int, operators: list[OperatorConfig], protocol: Protocol
+        self, width: int, missing: Mapping[OperatorConfig, list[Part]], protocol: Protocol
     ) -> dict[str, Measurement]:
-        """Rows of `operators` at one width, all interleaved; the base too if it has none yet."""
-        names = {str(operator): operator for operator in operators}
-        needs_base = BASE not in self.rows.get(width, {})
-        if needs_base:
-            names[str(ANCHOR)] = ANCHOR
-        requests = {
-            name: self._request(width, operator, COPIES) for name, operator in names.items()
+        """The rows that are missing at one width, all interleaved; those of the base, too."""
+        anchor = str(ANCHOR)
+        models = {str(each): self._architecture(width, each, COPIES) for each in missing}
+        wanted = {str(each): parts for each, parts in missing.items()}
+        # Contexts of an anchor are all alike.
+        least = contexts(0, self.meta_tokens)[0]
+        base_parts = {
+            part if part.kind == "prompt" else least for parts in wanted.values() for part in parts
         }
-        requests[BASE] = self._request(width, ANCHOR, 0)
+        rows = self.rows.get(width, {})
+        new_base_parts = [part for part in base_parts if row_name(BASE, part) not in rows]
+        if new_base_parts:
+            models[anchor] = self._architecture(width, ANCHOR, COPIES)
+            wanted[anchor] = list(dict.fromkeys([*wanted.get(anchor, []), *new_base_parts]))
+        models[BASE] = self._architecture(width, ANCHOR, 0)
+        phases = {
+            row_name(name, part): phase
+            for name, parts in (*wanted.items(), (BASE, base_parts))
+            for part, phase in self._phases(models[name], parts).items()
+        }
+        footprints = {
+            row_name(name, part): footprint_bytes(models[name], self.workload)
+            for name, parts in (*wanted.items(), (BASE, base_parts))
+            for part in parts
+        }
 
         def costs(samples: Samples) -> dict[str, np.ndarray]:
-            slowness = samples[REFERENCE] / (self.reference_ms or np.median(samples[REFERENCE]))
-            anchor = samples[BASE]
-            found = {name: (samples[name] - anchor) / COPIES for name in names}
-            if needs_base:
-                found[BASE] = anchor - found[str(ANCHOR)]
-            return {name: cost / slowness for name, cost in found.items()}
+            speed = self.reference_times or ReferenceTimes.from_samples(samples)
+            times = {
+                name: phase.weight
+                * samples[name]
+                * speed.at(footprints[name])
+                / reference_time(samples, footprints[name])
+                for name, phase in phases.items()
+            }
+            alone = {part.kind: times[row_name(BASE, part)] for part in base_parts}
+            found = {
+                row_name(name, part): (times[row_name(name, part)] - alone[part.kind]) / COPIES
+                for name, parts in wanted.items()
+                for part in parts
+            }
+            for part in new_base_parts:
+                found[row_name(BASE, part)] = alone[part.kind] - found[row_name(anchor, part)]
+            return found
 
-        with quiet(self.device):
-            slowest_ms = max(request.estimate_ms() for request in requests.values())
-        is_whole = slowest_ms <= 1000 * protocol.max_request_seconds
-        phases = {
-            name: request.whole() if is_whole else request.sampled(protocol.num_contexts)
-            for name, request in requests.items()
+        references = References(self.device, self.compile_unit)
+        timing = measure_interleaved(
+            references.functions | {name: phase.run for name, phase in phases.items()},
+            self.device,
+            replace(protocol, max_seconds=protocol.max_seconds * (1 + len(wanted))),
+            prepare=references.prepare | {name: phase.prepare for name, phase in phases.items()},
+            derive=costs,
+        )
+        self.reference_times = self.reference_times or ReferenceTimes.from_samples(timing.samples)
+        return timing.measurements
+
+    def _phases(self, architecture: Architecture, parts: Iterable[Part]) -> dict[Part, Phase]:
+        """Parts of a request, to be timed."""
+        chosen = list(parts)
+        prompt = max((part.tokens for part in chosen if part.kind == "prompt"), default=1)
+        room = most_tokens(chosen, self.meta_tokens)
+        workload = replace(self.workload, prompt_tokens=prompt, new_tokens=max(2, room - prompt))
+        request = Request(architecture, workload, self.device, self.compile_unit)
+        return {
+            part: request.prompt_phase()
+            if part.kind == "prompt"
+            else request.step_phase(*part.steps(self.meta_tokens))
+            for part in chosen
         }
-        num_phases, reference = len(phases[BASE]), reference_request(self.device, self.compile_unit)
-        share = replace(protocol, max_seconds=protocol.max_seconds * len(requests) / num_phases)
-        terms: dict[str, list[tuple[float, Measurement]]] = {}
-        for number in range(num_phases):
-            current = {name: parts[number] for name, parts in phases.items()}
-            timing = measure_interleaved(
-                {REFERENCE: reference.run, **{name: each.run for name, each in current.items()}},
-                self.device,
-                share,
-                prepare={
-                    REFERENCE: reference.run,
-                    **{name: phase.prepare for name, phase in current.items()},
-                },
-                derive=costs,
-            )
-            self.reference_ms = self.reference_ms or float(np.median(timing.samples[REFERENCE]))
-            for name, measurement in timing.measurements.items():
-                terms.setdefault(name, []).append((current[BASE].weight, measurement))
-        return {name: weighted_sum(parts) for name, parts in terms.items()}
 
-    def _decodings(self, missing: Mapping[int, list[OperatorConfig]]) -> Iterator[Decoding]:
+    def _parts(self, operator: OperatorConfig, width: int) -> dict[Part, float]:
+        return operator_parts(operator, width, self.workload, self.meta_tokens)
+
+    def _kind_of_workload(self) -> str:
+        """What all workloads that share the table have in common: 'b1-float32'."""
+        return f"b{self.workload.batch_size}-{self.workload.dtype}"
+
+    def _decodings(
+        self, missing: Mapping[int, Mapping[OperatorConfig, list[Part]]]
+    ) -> Iterator[Decoding]:
         """What is decoded to measure the operators."""
-        yield reference_decoding(self.device, self.compile_unit)
+        yield from reference_decodings(self.device, self.compile_unit)
         for width, operators in missing.items():
             for operator in operators:
                 architecture = self._architecture(width, operator, copies=1)
                 yield decoding(architecture, self.workload, self.device, self.compile_unit)
-
-    def _request(self, width: int, operator: OperatorConfig, copies: int) -> Request:
-        """A request of the anchor model with `copies` of an operator added."""
-        architecture = self._architecture(width, operator, copies)
-        return Request(architecture, self.workload, self.device, self.compile_unit)
 
     def _architecture(self, width: int, operator: OperatorConfig, copies: int) -> Architecture:
         """The anchor model with `copies` of an operator added."""
@@ -304,3 +361,8 @@ class LatencyTable:
             normalize_logits=self.normalize_logits,
             operators=(ANCHOR, *[operator] * copies),
         )
+
+
+def row_name(operator: OperatorConfig | str, part: Part) -> str:
+    """Of the row of an operator, or of `BASE`, for a part of a request."""
+    return f"{operator}, {part}"

@@ -11,6 +11,7 @@ from search.evaluate import BaseEvaluator
 from search.worker import Report
 
 if TYPE_CHECKING:
+    from latency.reference import ReferenceTimes
     from latency.workload import Workload
     from search.proxy import ProxyTraining
     from slm.data import PackedCorpus
@@ -26,18 +27,15 @@ class CellEvaluator(BaseEvaluator):
     workload: Workload
 
     def yardstick(self, report: Report) -> Cell:
-        """How long the request that runs beside every measurement takes now."""
-        from latency.profile import profile
-        from latency.request import REFERENCE, REFERENCE_WORKLOAD
+        """How long the references that run beside every measurement take now."""
+        from latency.reference import measure_references
 
-        device = self._set_up_measuring()
-        result = profile(REFERENCE, REFERENCE_WORKLOAD, device, self.protocol)
-        return {"reference_ms": result.reference_ms.median_ms}
+        return measure_references(self._set_up_measuring(), self.protocol).to_dict()
 
-    def measure(self, text: str, reference_ms: float, report: Report) -> Cell:
-        """Latencies of a model, brought to the machine speed at which the yardstick was taken."""
+    def measure(self, text: str, reference_times: ReferenceTimes, report: Report) -> Cell:
+        """Latencies of a model, brought to the machine speed of the references' times."""
         result = self._measure(text, self.workload)
-        scale = result.request_per_reference * reference_ms / result.request_ms.median_ms
+        scale = result.scale(reference_times)
         cell: Cell = {
             "architecture": text,
             "is_quiet": result.request_ms.quiet,

@@ -36,6 +36,7 @@ from slm.training.files import alone
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from latency.reference import ReferenceTimes
     from slm.data import PackedCorpus
 
 # Width of a table that goes to a file.
@@ -162,8 +163,10 @@ class CellStudy(ABC, Generic[C]):
         finally:
             worker.close()
 
-    def _yardstick(self, worker: Worker) -> float:
+    def _yardstick(self, worker: Worker) -> ReferenceTimes:
         """The machine speed that all times are brought to, settled once."""
+        from latency.reference import ReferenceTimes
+
         cell = self.store.get("yardstick")
         if cell is None:
             try:
@@ -171,16 +174,20 @@ class CellStudy(ABC, Generic[C]):
             except JobError as error:
                 raise ConfigError([f"the reference model cannot be measured: {error}"]) from None
             cell = self.store.settle("yardstick", measured)
-        reference_ms: float = cell["reference_ms"]
-        return reference_ms
+        try:
+            return ReferenceTimes.from_dict(cell)
+        except ValueError as error:
+            raise ConfigError([f"the study's yardstick is none: {error}"]) from None
 
-    def _measure(self, worker: Worker, yardstick: float, architecture: Architecture) -> Cell:
+    def _measure(
+        self, worker: Worker, reference_times: ReferenceTimes, architecture: Architecture
+    ) -> Cell:
         key = measurement_key(architecture)
         cell = self.store.get(key)
         if cell is None:
             self.progress.live(f"measuring {architecture}")
             try:
-                cell = self._run_job(worker, "measure", str(architecture), yardstick)
+                cell = self._run_job(worker, "measure", str(architecture), reference_times)
             except JobError as error:
                 cell = {"architecture": str(architecture), "error": str(error)}
             cell = self.store.settle(key, cell)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from latency.device import Device
     from latency.profile import Profile
+    from latency.reference import ReferenceTimes
     from latency.workload import Workload
     from search.proxy import ProxyTraining
     from slm.architecture import Architecture
@@ -134,12 +135,12 @@ class Evaluator(BaseEvaluator):
     devices_per_candidate: int
 
     def measure(
-        self, text: str, workload: Workload, table_reference_ms: float, report: Report
+        self, text: str, workload: Workload, reference_times: ReferenceTimes, report: Report
     ) -> dict[str, float | bool]:
         """Latencies of a candidate under a workload.
 
-        table_reference_ms: how long the request that runs beside every measurement took when the
-        latency table was made. All times but `latency_raw_ms` are brought to that machine speed.
+        reference_times: of what runs beside every measurement, when the latency table was made. All
+        times but `latency_raw_ms` are brought to that machine speed.
         What was measured before on this device, as carefully, is not measured again.
         """
         from latency.records import Records
@@ -152,7 +153,9 @@ class Evaluator(BaseEvaluator):
             record = self._measure(text, workload).to_dict()
             records.write(record)
         request = record["request_ms"]
-        scale = record["request_per_reference"] * table_reference_ms / request["median_ms"]
+        scale = reference_times.scale(
+            request["median_ms"], record["request_per_reference"], record["footprint_bytes"]
+        )
         return {
             "latency_ms": scale * request["median_ms"],
             "latency_low_ms": scale * request["low_ms"],

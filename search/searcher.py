@@ -388,9 +388,12 @@ class Searcher:
 
     def _predict_ms(self, architecture: Architecture, workload: Workload) -> float:
         table = self.tables[workload, architecture.meta_tokens]
-        assert self.table.reference_ms is not None
-        assert table.reference_ms is not None
-        speed = self.table.reference_ms / table.reference_ms
+        from latency.roofline import footprint_bytes
+
+        assert self.table.reference_times is not None
+        assert table.reference_times is not None
+        footprint = footprint_bytes(architecture, workload)
+        speed = self.table.reference_times.at(footprint) / table.reference_times.at(footprint)
         return table.predict(architecture).request_ms * speed
 
     def _screen_ms(self, architecture: Architecture, target: Target) -> float:
@@ -412,7 +415,7 @@ class Searcher:
             "measure",
             str(architecture),
             target.workload,
-            self.table.reference_ms,
+            self.table.reference_times,
             on_wait=claim.beat,
         )
         return measured
@@ -421,7 +424,7 @@ class Searcher:
         """Latency of the space's reference under a workload."""
         reference = self.space.reference(self.corpus.vocab_size)
         measured: dict[str, Any] = self.run_job(
-            "measure", str(reference), workload, self.table.reference_ms
+            "measure", str(reference), workload, self.table.reference_times
         )
         return measured
 

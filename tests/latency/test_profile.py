@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latency.profile import profile
-from latency.request import REFERENCE, Request
-from latency.roofline import Peaks, step_bytes
+from latency.profile import profile, profile_in_turn
+from latency.reference import REQUESTS, SMALL
+from latency.request import Request
+from latency.roofline import Peaks, middle_context, step_bytes
 from latency.timer import MIN_ROUNDS
 from latency.workload import Workload
 from slm.architecture import Architecture
@@ -37,18 +38,41 @@ def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     device, workload, architecture, protocol
 ):
     assert profile(architecture, workload, device, protocol).placements == 1
-    easy = replace(protocol, max_seconds=30.0, max_interval_percent=1e6)
+    easy = replace(protocol, placements=4, max_seconds=16.0, max_interval_percent=1e6)
     begin_s = time.monotonic()
     found = profile(architecture, workload, device, easy)
     easy_seconds = time.monotonic() - begin_s
     # With this percentage nothing is narrow but what converges to WIDEST_PERCENT.
-    assert found.placements >= easy.placements == 8
+    assert found.placements >= easy.placements == 4
     assert found.request_ms.n == found.placements * MIN_ROUNDS
     # However busy the machine is: there is time for twice as many.
-    hard = replace(protocol, max_seconds=2 * easy_seconds, max_interval_percent=1e-6)
-    assert profile(architecture, workload, device, hard).placements > 8
+    hard = replace(easy, max_seconds=2 * easy_seconds, max_interval_percent=1e-6)
+    assert profile(architecture, workload, device, hard).placements > 4
     # There is no time for four.
     assert profile(architecture, workload, device, replace(easy, max_seconds=1e-3)).placements == 1
+
+
+def test_models_are_measured_in_turn_until_each_is_known(
+    device, workload, architecture, protocol, monkeypatch
+):
+    made, said = [], []
+
+    class Noted(Request):
+        def __init__(self, architecture, *arguments):
+            made.append(architecture)
+            super().__init__(architecture, *arguments)
+
+    monkeypatch.setattr("latency.profile.Request", Noted)
+    other = Architecture.parse("width=16 vocab_size=32 | ffn")
+    easy = replace(protocol, placements=4, max_seconds=16.0, max_interval_percent=1e6)
+    found = profile_in_turn([architecture, other], workload, device, easy, progress=said.append)
+    assert [each.architecture for each in found] == [architecture, other]
+    assert said == [f"whole model 1 of 2: {architecture}", f"whole model 2 of 2: {other}"]
+    assert made[:8] == [architecture, other] * 4
+    for each in found:
+        assert each.placements == made.count(each.architecture) >= 4
+        assert each.request_ms.n == each.placements * MIN_ROUNDS
+    assert profile_in_turn([], workload, device, easy) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -62,8 +86,8 @@ def test_peak_memory_holds_the_weights_once(device, workload, protocol, dtype):
 
 def test_what_was_compiled_is_in_the_record(device, workload, protocol):
     compiled = replace(protocol, compile_unit="operator", max_request_seconds=1e-9, num_contexts=2)
-    # The reference is compiled in any case.
-    found = profile(REFERENCE, workload, device, compiled)
+    # The references are compiled in any case.
+    found = profile(REQUESTS[SMALL][0], workload, device, compiled)
     assert found.compile_unit == found.to_dict()["compile_unit"] == "operator"
     assert found.method == "sampled"
 
@@ -71,7 +95,7 @@ def test_what_was_compiled_is_in_the_record(device, workload, protocol):
 def test_roofline_is_at_the_middle_of_the_answer(device, workload, architecture, protocol):
     found = profile(architecture, workload, device, protocol)
     # Four prompt tokens; of the steps to the four other new ones, the middle sees seven or six.
-    assert found.middle_context == 7
+    assert middle_context(architecture, workload) == 7
     peaks = Peaks(
         read_bytes_per_s=1e9,
         flops_per_s={"float32": 1e15, "bfloat16": 1e15},

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from latency.table import ANCHOR, BASE, LatencyTable
+from latency.grid import Part
+from latency.reference import REQUESTS, ReferenceTimes
+from latency.table import ANCHOR, BASE, LatencyTable, row_name
 from latency.table_error import spearman, table_error
 from latency.timer import Measurement
 from slm.architecture import Architecture
@@ -30,10 +32,28 @@ def row(median: float, error: float = 0.0) -> Measurement:
     )
 
 
+TIMES = ReferenceTimes(dict.fromkeys(REQUESTS, 10.0))
+PROMPT, CONTEXT = Part("prompt", 4), Part("context", 64)
+# The workload's: one prompt, four steps, all within the first context.
+STEPS = 4
+
+
+def names(*operators) -> set[str]:
+    """Of the rows that the workload needs for each."""
+    return {row_name(operator, part) for operator in operators for part in (PROMPT, CONTEXT)}
+
+
 @pytest.fixture
 def table(device, workload) -> LatencyTable:
-    rows = {BASE: row(1.0, 0.6), str(ATTENTION): row(0.5, 0.8), str(FFN): row(0.25, 0.0)}
-    return LatencyTable(workload, device, vocab_size=32, rows={16: rows}, reference_ms=10.0)
+    rows = {
+        row_name(BASE, PROMPT): row(1.0, 0.6),
+        row_name(BASE, CONTEXT): row(0.5),
+        row_name(ATTENTION, PROMPT): row(0.5),
+        row_name(ATTENTION, CONTEXT): row(0.75, 0.2),
+        row_name(FFN, PROMPT): row(0.25),
+        row_name(FFN, CONTEXT): row(0.125),
+    }
+    return LatencyTable(workload, device, vocab_size=32, rows={16: rows}, reference_times=TIMES)
 
 
 @pytest.fixture
@@ -51,7 +71,7 @@ def test_rows_of_compiled_operators_are_another_table(build, protocol, workload,
     compiled = replace(protocol, compile_unit="operator")
     table = build((FFN, 64), protocol=compiled, progress=said.append)
     assert said[0].startswith("compiling ")
-    assert set(table.rows[64]) == {BASE, str(ANCHOR), str(FFN)}
+    assert set(table.rows[64]) == names(BASE, ANCHOR, FFN)
     assert table.to_dict()["compile_unit"] == "operator"
     plain = LatencyTable(workload, device, vocab_size=32)
     folder = Path()
@@ -68,8 +88,9 @@ def test_whole_steps_have_no_parts(build, protocol):
 def test_prediction_is_base_plus_rows(table):
     architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn ffn ffn")
     prediction = table.predict(architecture)
-    assert prediction.request_ms == pytest.approx(1.0 + 0.5 + 3 * 0.25)
-    # Errors add as squares: 0.6² + 0.8² = 1.
+    prompt, step = 1.0 + 0.5 + 3 * 0.25, 0.5 + 0.75 + 3 * 0.125
+    assert prediction.request_ms == pytest.approx(prompt + STEPS * step)
+    # Errors add as squares: 0.6² + (4 · 0.2)² = 1.
     assert prediction.low_ms == pytest.approx(prediction.request_ms - 1.0)
     assert prediction.high_ms == pytest.approx(prediction.request_ms + 1.0)
 
@@ -78,7 +99,10 @@ def test_prediction_is_base_plus_rows(table):
     ("text", "message"),
     [
         ("width=16 vocab_size=32 | mamba2(head_dim=8) ffn", r"no row .* width 16 for mamba2"),
-        ("width=32 vocab_size=32 | ffn", r"no row .* width 32 for base, ffn"),
+        (
+            "width=32 vocab_size=32 | ffn",
+            r"no row .* width 32 for base, prompt 4; base, context 64; ffn, prompt 4; ffn",
+        ),
         ("width=16 vocab_size=33 | ffn", "vocab_size: the latency table holds for 32, got 33"),
         ("width=16 vocab_size=32 meta_tokens=4 | ffn", "meta_tokens: .* holds for 0, got 4"),
     ],
@@ -90,11 +114,12 @@ def test_a_model_that_the_table_does_not_know_is_refused(table, text, message):
 
 def test_a_measured_table_adds_up_and_is_read_back(build):
     built = build((ATTENTION, 16), (FFN, 16))
-    assert set(built.rows[16]) == {BASE, str(ANCHOR), str(ATTENTION), str(FFN)}
+    assert set(built.rows[16]) == names(BASE, ANCHOR, ATTENTION, FFN)
     architecture = Architecture.parse("width=16 vocab_size=32 | ffn attention(head_dim=8) ffn")
     expected = sum(
-        count * built.rows[16][name].median_ms
-        for name, count in Counter([BASE, str(FFN), str(ATTENTION), str(FFN)]).items()
+        count * times * built.rows[16][row_name(operator, part)].median_ms
+        for operator, count in Counter([BASE, FFN, ATTENTION, FFN]).items()
+        for part, times in ((PROMPT, 1), (CONTEXT, STEPS))
     )
     assert built.predict(architecture).request_ms == pytest.approx(expected)
     assert build((ATTENTION, 16), (FFN, 16)).rows == built.rows
@@ -107,9 +132,9 @@ def test_new_rows_are_added_without_measuring_old_ones_again(build):
     for name, measured in first.rows[16].items():
         assert second.rows[16][name] == measured
     # The rows hold for one machine speed, whenever they were measured.
-    assert second.reference_ms == first.reference_ms > 0
-    assert set(second.rows[16]) - set(first.rows[16]) == {str(ATTENTION)}
-    assert set(second.rows[32]) == {BASE, str(ANCHOR), str(FFN)}
+    assert second.reference_times == first.reference_times
+    assert set(second.rows[16]) - set(first.rows[16]) == names(ATTENTION)
+    assert set(second.rows[32]) == names(BASE, ANCHOR, FFN)
     assert announced == [f"latency of 1 operators at width {width}" for width in (16, 16, 32)]
     # Nothing is missing: nothing is measured, so nothing is said.
     assert build((FFN, 32), progress=announced.append).rows == second.rows
@@ -125,13 +150,14 @@ def test_a_bad_file_is_kept_aside_and_the_last_good_one_is_used(build, tmp_path,
     path = first.path(tmp_path / "cache")
     content = json.loads(path.read_text())
     if damage == "foreign":
-        content["workload"] = "b9-p9-n9-float32"
+        content["workload"] = "b9-float32"
     elif damage == "no base":
-        del content["rows"]["16"][BASE]
+        for part in (PROMPT, CONTEXT):
+            del content["rows"]["16"][row_name(BASE, part)]
     elif damage == "no reference":
-        content["reference_ms"] = None
+        content["reference_times"] = None
     elif damage == "not a number":
-        content["rows"]["16"][BASE]["median_ms"] = float("nan")
+        content["rows"]["16"][row_name(BASE, PROMPT)]["median_ms"] = float("nan")
     text = json.dumps(content)
     damaged = {"truncated": text[: len(text) // 2], "empty": ""}.get(damage, text)
     path.write_text(damaged)
@@ -147,7 +173,7 @@ def test_two_bad_files_are_both_kept_and_the_table_is_measured_anew(build, tmp_p
     for content in ("{", "[1]"):
         path.write_text(content)
         path.with_name(path.name + ".previous").unlink(missing_ok=True)
-        assert str(FFN) in build((FFN, 16)).rows[16]
+        assert names(FFN) <= set(build((FFN, 16)).rows[16])
     kept = [path.with_name(path.name + suffix).read_text() for suffix in (".bad", ".bad1")]
     assert kept == ["{", "[1]"]
 
@@ -158,14 +184,47 @@ def test_tables_of_different_devices_and_models_do_not_mix(table, tmp_path, devi
         replace(table, vocab_size=33),
         replace(table, meta_tokens=1),
         replace(table, normalize_logits=True),
-        replace(table, workload=replace(table.workload, new_tokens=9)),
+        replace(table, workload=replace(table.workload, batch_size=2)),
+        replace(table, workload=replace(table.workload, dtype="bfloat16")),
     ]
-    assert len({each.path(tmp_path) for each in [table, *others]}) == 6
+    assert len({each.path(tmp_path) for each in [table, *others]}) == 7
 
 
-def test_long_requests_are_sampled(build, protocol):
-    sampled = replace(protocol, max_request_seconds=1e-9, num_contexts=2)
-    assert str(FFN) in build((FFN, 16), protocol=sampled).rows[16]
+def test_workloads_share_rows(device, workload, protocol, tmp_path):
+    """Measured is what one has that others had not: a prompt of another length, more context."""
+    wanted, said = [(FFN, 16), (ATTENTION, 16)], []
+
+    def build(**changes) -> LatencyTable:
+        return LatencyTable.load_or_build(
+            wanted,
+            32,
+            replace(workload, **changes),
+            device,
+            cache_dir=tmp_path,
+            protocol=protocol,
+            progress=said.append,
+        )
+
+    first = build()
+    assert len(said) == 1
+    # Of the same prompt, within the same context.
+    assert build(new_tokens=60).rows == first.rows
+    assert len(said) == 1
+    # The base and what is recurrent cost the same in every context.
+    longer = build(new_tokens=100)
+    assert said[1:] == ["latency of 1 operators at width 16"]
+    assert set(longer.rows[16]) - set(first.rows[16]) == {row_name(ATTENTION, Part("context", 128))}
+    prompt = build(prompt_tokens=9)
+    assert said[2:] == ["latency of 2 operators at width 16"]
+    assert set(prompt.rows[16]) - set(longer.rows[16]) == {
+        row_name(operator, Part("prompt", 9)) for operator in (BASE, ANCHOR, FFN, ATTENTION)
+    }
+    for name, measured in longer.rows[16].items():
+        assert prompt.rows[16][name] == measured
+    assert prompt.reference_times == first.reference_times
+    architecture = Architecture.parse("width=16 vocab_size=32 | ffn attention(head_dim=8)")
+    predicted = [table.predict(architecture).request_ms for table in (first, build(new_tokens=60))]
+    assert predicted[1] > predicted[0]
 
 
 def test_an_operator_that_cannot_be_built_is_named(build):
@@ -177,7 +236,7 @@ def test_validation_compares_with_whole_models(table, protocol):
     texts = ["width=16 vocab_size=32 | ffn", "width=16 vocab_size=32 | ffn attention(head_dim=8)"]
     error = table.validate(map(Architecture.parse, texts), protocol)
     assert error.architectures == texts
-    assert error.predicted_ms == pytest.approx([1.25, 1.75])
+    assert error.predicted_ms == pytest.approx([1.25 + 4 * 0.625, 1.75 + 4 * 1.375])
     signed = [(p / m - 1) * 100 for p, m in zip(error.predicted_ms, error.measured_ms, strict=True)]
     assert error.errors_percent == pytest.approx(signed)
 

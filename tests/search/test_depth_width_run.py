@@ -186,10 +186,10 @@ def test_several_budgets_of_tokens_are_the_n_of_the_law(experiment, tmp_path) ->
 class CrashingEvaluator(CellEvaluator):
     """Loses its process whenever it trains two blocks, and cannot measure three."""
 
-    def measure(self, text, reference_ms, report):
+    def measure(self, text, reference_times, report):
         if text.count("ffn") == 3:
             raise ValueError("no such luck")
-        return super().measure(text, reference_ms, report)
+        return super().measure(text, reference_times, report)
 
     def train(self, text, seed, budgets, report):
         if text.count("ffn") == 2:

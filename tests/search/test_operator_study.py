@@ -352,10 +352,10 @@ def check_files(folder: Path, rows) -> None:
 class CrashingEvaluator(OperatorEvaluator):
     """Loses its process whenever it trains DeltaNet, and cannot measure a hybrid."""
 
-    def measure(self, text, reference_ms, report):
+    def measure(self, text, reference_times, report):
         if "attention" in text and "deltanet" in text:
             raise ValueError("no such luck")
-        return super().measure(text, reference_ms, report)
+        return super().measure(text, reference_times, report)
 
     def train(self, text, seed, budgets, report):
         if "deltanet" in text:

@@ -346,7 +346,7 @@ def invented_ms(architecture: Architecture, prompt_tokens: int) -> float:
 class InventingEvaluator(Evaluator):
     """Invents latencies, and losses too."""
 
-    def measure(self, text, workload, table_reference_ms, report):
+    def measure(self, text, workload, reference_times, report):
         ms = invented_ms(Architecture.parse(text), workload.prompt_tokens)
         return {**dict.fromkeys(MEASURED, 0.0), "latency_ms": ms}
 
@@ -360,8 +360,8 @@ class InventingSearcher(Searcher):
 
     @cached_property
     def tables(self):
-        # Of each only the reference's time and the path are asked for.
-        return defaultdict(lambda: SimpleNamespace(reference_ms=1.0, path=str))
+        # Of each only the references' times and the path are asked for.
+        return defaultdict(lambda: SimpleNamespace(reference_times=None, path=str))
 
     def _predict_ms(self, architecture, workload):
         return 0.99 * invented_ms(architecture, workload.prompt_tokens)
