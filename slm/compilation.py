@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from slm.config import ConfigError
 from slm.kernels.backend import current_backend
-from slm.kernels.matrix_vector import DECOMPOSITIONS
+from slm.kernels.matrix_vector import DECOMPOSITIONS, c_shims
 from slm.sources import kernel_hash
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,11 @@ def _compile(
                 for operation, decomposition in DECOMPOSITIONS.items():
                     table[operation] = decomposition
             exported = exported.run_decompositions(table)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
+            torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(temporary),
+                inductor_configs={"aot_inductor.custom_ops_to_c_shims": c_shims()},
+            )
         os.replace(temporary, path)
     except CompilationError:
         raise

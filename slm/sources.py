@@ -26,7 +26,8 @@ def _own_sources() -> hashlib._Hash:
     # Read once: what this process runs is what it has imported.
     sources = [FOLDER / name for name in MODULES]
     for package in PACKAGES:
-        sources += sorted((FOLDER / package).glob("*.py"))
+        folder = FOLDER / package
+        sources += sorted([*folder.glob("*.py"), *folder.glob("*.cpp")])
     digest = hashlib.sha256()
     for path in sources:
         digest.update(f"{path.relative_to(FOLDER).as_posix()}\0".encode())

@@ -1,11 +1,16 @@
 """Products of one token as sums, against the operations that they stand for."""
 
+import zipfile
+
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import relative_rms
+from torch import Tensor
 
-from slm.kernels.matrix_vector import attend, batched_matmul, linear
+from slm.compilation import Argument, library, library_path
+from slm.kernels.matrix_vector import KERNEL, LARGE_BYTES, attend, batched_matmul, linear
+from slm.runtime import thread_count
 
 DTYPES = [torch.float64, torch.bfloat16]
 
@@ -42,3 +47,45 @@ def test_attend(groups: int, dtype: torch.dtype) -> None:
         q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=groups < 4
     )
     assert relative_rms(attend(q, k, v, mask, enable_gqa=groups < 4), expected) < bound(dtype)
+
+
+# Of outputs and inputs, neither of them whole blocks of the kernel's; and a small one.
+SHAPES = [(1501, 1003), (7, LARGE_BYTES // 13), (4099, 517), (10, 24)]
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one CPU")
+def test_the_kernel_is_in_what_is_compiled(monkeypatch, tmp_path) -> None:
+    """Of fp32 and bf16, on one thread and on two, against products in fp64."""
+    monkeypatch.setenv("SLM_CACHE_DIR", str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(shape, generator=generator).to(dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for shape in SHAPES
+    ]
+    rows = [torch.randn(1, w.shape[1], generator=generator).to(w.dtype) for w in weights]
+
+    def products(*tensors: Tensor) -> tuple[Tensor, ...]:
+        half = len(tensors) // 2
+        pairs = zip(tensors[:half], tensors[half:], strict=True)
+        return tuple(F.linear(x, weight) for x, weight in pairs)
+
+    arguments = [Argument(x) for x in (*rows, *weights)]
+    for threads in (1, 2):
+        with thread_count(threads), torch.inference_mode():
+            results = library("products", products, arguments)([*rows, *weights])
+            path = library_path("products", arguments)
+        for x, weight, y in zip(rows, weights, results, strict=True):
+            assert y.dtype == x.dtype
+            rounding = 3e-8 * x.shape[1] ** 0.5 if x.dtype == torch.float32 else 4e-3
+            assert relative_rms(y, x.double() @ weight.double().T) < rounding
+        sources = "".join(
+            archive.read(name).decode()
+            for archive in [zipfile.ZipFile(path)]
+            for name in archive.namelist()
+            if name.endswith(".cpp")
+        )
+        # Once where it is, and once for each large matrix.
+        name = "aoti_torch_cpu_matrix_vector("
+        assert KERNEL.read_text().count(name) == 1
+        assert sources.count(name) == 1 + 6
