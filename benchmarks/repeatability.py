@@ -97,15 +97,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def models(count: int, seed: int) -> list[str]:
-    """Random architectures of the demo's space."""
+    """Random architectures of the demo's space, all different."""
     space = SearchSpace(read(SpaceConfig, OmegaConf.load(SPACE)))
     rng = random.Random(seed)
-    found = []
-    for _ in range(count):
+    found: dict[str, None] = {}
+    while len(found) < count:
         genotype = space.sample(rng)
         width = rng.choice(space.available_widths(genotype))
-        found.append(str(space.realize(genotype, width, VOCAB_SIZE)))
-    return found
+        found[str(space.realize(genotype, width, VOCAB_SIZE))] = None
+    return list(found)
 
 
 def in_fresh_process(texts: list[str], arguments: argparse.Namespace) -> list[Record]:
