@@ -48,10 +48,10 @@ class Part:
 def contexts(most: int, meta_tokens: int) -> list[Part]:
     """The contexts of the grid, ascending, up to the first that is not below `most` tokens.
 
-    The first is the least in which a burst of steps has room after the meta tokens; the others are
-    the powers of two blocks above.
+    The first is the least in which a burst of steps, and one before it, has room after the meta
+    tokens; the others are the powers of two blocks above.
     """
-    blocks = [-(-(meta_tokens + BURST_STEPS) // PLACES_BLOCK)]
+    blocks = [-(-(meta_tokens + BURST_STEPS + 1) // PLACES_BLOCK)]
     while blocks[-1] * PLACES_BLOCK < most:
         blocks.append(2 ** blocks[-1].bit_length())
     return [Part("context", block * PLACES_BLOCK) for block in blocks]

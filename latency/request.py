@@ -22,8 +22,8 @@ from slm.runtime import thread_count
 
 # Steps that the estimate of a request's time rests on.
 ESTIMATE_STEPS = 3
-# Steps timed together: as in a whole request, all but the first find the caches as a step left
-# them, not as what ran interleaved did.
+# Steps timed together, after one that is not: as in a whole request, they find the caches as a step
+# left them, not as what ran interleaved did.
 BURST_STEPS = 16
 
 
@@ -123,13 +123,14 @@ class Request:
         Meta tokens are not counted.
         """
         burst = min(BURST_STEPS, last - first)
-        hold = partial(self._hold, first, last - burst)
+        hold = partial(self._hold, max(first - 1, 0), last - burst - 1)
         return Phase(1.0 / burst, partial(self.steps, burst), hold)
 
     def _hold(self, first: int, last: int) -> None:
-        """See to it that between `first` and `last` tokens have been read."""
+        """See to it that between `first` and `last` tokens have been read, and one after them."""
         if not first <= self.decoder.num_tokens <= last:
             self.decoder.pretend(first)
+        self.steps(1)
 
 
 def decoding(
