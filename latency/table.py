@@ -80,7 +80,7 @@ class Prediction:
 class LatencyTable:
     """Rows on one device for models that are alike outside of their operators.
 
-    workload: what it is asked about; of batch and dtype only there are rows of others, too.
+    workload: what it is asked about; rows of others of its batch size and dtype may be there, too.
     vocab_size, meta_tokens, normalize_logits: as in the architectures that it is asked about.
     compile_unit: of the decoder that it is measured with.
     rows: by width, then by the operator's text and the part of a request, see `row_name`; `BASE`
