@@ -156,18 +156,20 @@ def profile_in_turn(
 
     What changes on the machine for seconds or minutes is then in all figures alike, and in their
     intervals, where models that are measured one by one have each their own minute. `progress` is
-    told what was measured for the first time.
+    told which is about to be measured for the first time.
     """
     protocol = protocol or Protocol()
     every = [_Profiling(each, workload, device, protocol, seed) for each in architectures]
     # Kept until as many others were made, so that each gets memory of its own.
-    held: deque[Any] = deque(maxlen=protocol.placements)
+    held: deque[object] = deque(maxlen=protocol.placements)
     for number, each in enumerate(every, start=1):
-        held.append(each.begin())
         if progress:
             progress(f"whole model {number} of {len(every)}: {each.architecture}")
-    while unknown := [each for each in every if not each.is_done]:
-        with quiet(device):
+        made = each.begin()
+        if not each.is_done:
+            held.append(made)
+    with quiet(device):
+        while unknown := [each for each in every if not each.is_done]:
             for each in unknown:
                 held.append(each.go_on())
     return [each.result() for each in every]
@@ -191,7 +193,7 @@ class _Profiling:
         self.seconds = 0.0
 
     def begin(self) -> object:
-        """Measure in the first placement; what it has to be kept by."""
+        """Measure in the first placement; what occupies it."""
         unit = self.protocol.compile_unit
         # What is compiled is compiled under the lock too: it would disturb others that measure.
         with device_lock(name=self.device.lock_name):
@@ -214,7 +216,7 @@ class _Profiling:
                 return self._measure(request, references)
 
     def go_on(self) -> object:
-        """Measure in one more placement; what it has to be kept by."""
+        """Measure in one more placement; what occupies it."""
         unit = self.protocol.compile_unit
         return self._measure(self._request(), References(self.device, unit))
 

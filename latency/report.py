@@ -30,7 +30,7 @@ def profile_table(measured: Profile, roofline: Roofline) -> Table:
         ("request, ms", measured.request_ms),
         ("time to first token, ms", measured.ttft_ms),
         ("time per output token, ms", measured.tpot_ms),
-        ("reference request, ms", measured.reference_ms),
+        ("reference of as many bytes, ms", measured.reference_ms),
     ):
         table.add_row(name, f"{times.median_ms:.3f}", _interval(times), str(times.n))
     median, low, high = measured.tokens_per_s

@@ -172,7 +172,7 @@ def records_table(records: list[dict[str, Any]]) -> Table:
 def rows_table(name: str, rows: dict[int, dict[str, Measurement]]) -> Table:
     """A latency table: what each operator adds to a prompt and to a step, in ms, by width."""
     table = Table(
-        title=f"operators, ms per prompt of so many tokens or step up to so many: {name}",
+        title=f"operators, ms per prompt and per step within a context: {name}",
         caption="±: half of the median's 95 % interval",
     )
     table.add_column("width", overflow="fold")

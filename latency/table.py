@@ -215,7 +215,7 @@ class LatencyTable:
     ) -> TableError:
         """Measure whole models, in turn, and compare; their operators need rows.
 
-        Times are brought to the table's machine speed by the reference that runs beside both.
+        Times are brought to the table's machine speed by the references that run beside both.
         """
         chosen = list(architectures)
         predicted = [self.predict(architecture).request_ms for architecture in chosen]

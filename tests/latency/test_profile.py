@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latency.clock import CpuClock
 from latency.profile import profile, profile_in_turn
 from latency.reference import REQUESTS, SMALL
 from latency.request import Request
@@ -34,6 +35,19 @@ def test_figures_belong_together(device, workload, architecture, protocol):
     assert record["request_ms"]["n"] == found.request_ms.n
 
 
+class UndisturbedClock(CpuClock):
+    """Real times, of rounds that all count, however busy the machine is."""
+
+    def time(self, function):
+        return replace(super().time(function), is_quiet=True, disturbance=None)
+
+
+@pytest.fixture
+def undisturbed(monkeypatch):
+    monkeypatch.setattr("latency.timer.clock_of", lambda device: UndisturbedClock())
+
+
+@pytest.mark.usefixtures("undisturbed")
 def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     device, workload, architecture, protocol
 ):
@@ -52,6 +66,7 @@ def test_a_model_that_is_quickly_made_is_measured_in_several_placements(
     assert profile(architecture, workload, device, replace(easy, max_seconds=1e-3)).placements == 1
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_models_are_measured_in_turn_until_each_is_known(
     device, workload, architecture, protocol, monkeypatch
 ):
