@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--near", type=int, default=20, help="models near the target")
     parser.add_argument("--all", type=int, default=20, help="models of the whole space")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")

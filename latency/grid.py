@@ -1,10 +1,11 @@
 """At which contexts a latency table times an operator, and how these make up a request.
 
-A request is a prompt and the decoding steps after it. What the prompt takes holds for its length.
-Steps differ by the tokens that they see; attention's cost grows with them, by whole blocks of
-places, along a straight line but for what caches do. So steps are timed in blocks whose numbers
-double, and interpolated between: the steps of any request are an integral over a few rows, which
-other requests share.
+A request is a prompt and the decoding steps after it. What the prompt takes holds for its length;
+the first step belongs to it, for it finds in the caches what the prompt left there and takes two or
+three times as long as the others. Steps differ by the tokens that they see; attention's cost grows
+with them, by whole blocks of places, along a straight line but for what caches do. So steps are
+timed in blocks whose numbers double, and interpolated between: the steps of any request are an
+integral over a few rows, which other requests share.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from latency.workload import Workload
 from slm.operators import OperatorConfig
 from slm.operators.attention import PLACES_BLOCK
 
+# The first token, which the prompt gives, and that of the first step.
+PROMPT_NEW_TOKENS = 2
+
 
 @dataclass(frozen=True, order=True)
 class Part:
     """What of a request a row of the table holds.
 
-    kind: 'prompt', the time to the first token, or 'context', one step after it.
+    kind: 'prompt', the time to `PROMPT_NEW_TOKENS` tokens, or 'context', one step after them.
     tokens: of the prompt; or seen by the step, meta tokens included: up to so many, rounded up to
         whole blocks of places.
     """
@@ -35,6 +39,11 @@ class Part:
     def __str__(self) -> str:
         """'prompt 64', 'context 128'."""
         return f"{self.kind} {self.tokens}"
+
+    @property
+    def burst(self) -> int:
+        """How many of it are timed together."""
+        return 1 if self.kind == "prompt" else BURST_STEPS
 
     def steps(self, meta_tokens: int) -> tuple[int, int]:
         """Of a context: between how many tokens read, meta tokens not counted, its steps are timed.
@@ -62,8 +71,8 @@ def parts(workload: Workload, meta_tokens: int) -> dict[Part, float]:
 
     A step between two contexts counts for both, in proportion to how near it is.
     """
-    first = meta_tokens + workload.prompt_tokens + 1
-    last = first + workload.new_tokens - 2
+    first = meta_tokens + workload.prompt_tokens + PROMPT_NEW_TOKENS
+    last = meta_tokens + workload.prompt_tokens + workload.new_tokens - 1
     grid = contexts(last, meta_tokens)
     found = defaultdict(float, {Part("prompt", workload.prompt_tokens): 1.0})
     seen = Counter(-(-tokens // PLACES_BLOCK) * PLACES_BLOCK for tokens in range(first, last + 1))

@@ -6,11 +6,12 @@ Several of these make a profile, see `latency.profile`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from latency.device import Device
 from latency.reference import REQUESTS, References, reference_time
 from latency.request import BURST_STEPS, Request
 from latency.roofline import footprint_bytes
@@ -22,6 +23,7 @@ from latency.timer import (
     Samples,
     Timing,
     measure_interleaved,
+    time_call,
     weighted_sum,
 )
 
@@ -43,23 +45,38 @@ class Placement:
     timings: list[Timing]
 
 
-def num_placements(
-    request: Request,
-    references: References,
-    is_whole: bool,
-    seconds_to_make: float,
-    protocol: Protocol,
-) -> int:
-    """As many as the protocol asks for and there is time for; one if that is too few to compare."""
-    round_ms = request.estimate_ms()
+def round_ms(request: Request, references: References, is_whole: bool, protocol: Protocol) -> float:
+    """Roughly what a round of either way of measuring takes."""
+    times_ms = request.estimate_ms()
     if is_whole:
         # The first token comes to less than another request.
-        round_ms *= 2
+        times_ms *= 2
     else:
         steps = request.workload.new_tokens - 1
-        round_ms *= min(1.0, protocol.num_contexts * BURST_STEPS / steps)
+        times_ms *= min(1.0, protocol.num_contexts * BURST_STEPS / steps)
+    return times_ms + references.estimate_ms()
+
+
+def estimate_round_ms(
+    functions: Mapping[str, Callable[[], object]],
+    prepare: Mapping[str, Callable[[], object]],
+    device: Device,
+) -> float:
+    """Roughly what a round of these functions takes; rather more, since they run cold."""
+
+    def run() -> None:
+        for name, function in functions.items():
+            if name in prepare:
+                prepare[name]()
+            function()
+
+    return time_call(run, device).ms
+
+
+def num_placements(round_ms: float, seconds_to_make: float, protocol: Protocol) -> int:
+    """As many as the protocol asks for and there is time for; one if that is too few to compare."""
     rounds = MIN_ROUNDS + protocol.warmup_rounds
-    seconds = seconds_to_make + rounds * (round_ms + references.estimate_ms()) / 1000
+    seconds = seconds_to_make + rounds * round_ms / 1000
     count = min(protocol.placements, int(protocol.max_seconds / seconds))
     return count if count >= MIN_PLACEMENTS else 1
 
@@ -94,7 +111,7 @@ def measure_whole(request: Request, references: References, protocol: Protocol) 
     steps = request.workload.new_tokens - 1
     footprint = footprint_bytes(request.architecture, request.workload)
     timing = measure_interleaved(
-        references.functions | {"ttft": request.first_token, "request": request.run},
+        references.functions | {"ttft": request.first_tokens, "request": request.run},
         request.device,
         protocol,
         prepare=references.prepare,

@@ -21,6 +21,7 @@ from latency.placement import (
     measure_whole,
     num_placements,
     pooled,
+    round_ms,
     share_of,
 )
 from latency.reference import REQUESTS, References, ReferenceTimes, reference_time
@@ -210,7 +211,9 @@ class _Profiling:
                 self.is_whole = request.estimate_ms() <= limit_ms
                 seconds = time.monotonic() - begin_s
                 self.num_placements = num_placements(
-                    request, references, self.is_whole, seconds, self.protocol
+                    round_ms(request, references, self.is_whole, self.protocol),
+                    seconds,
+                    self.protocol,
                 )
                 self.meter = CpuMeter()
                 return self._measure(request, references)

@@ -74,9 +74,9 @@ class Request:
         for _ in self.decoder.generate(self.prompt, self.workload.new_tokens):
             pass
 
-    def first_token(self) -> None:
-        """The request up to its first token."""
-        for _ in self.decoder.generate(self.prompt, 1):
+    def first_tokens(self, count: int = 1) -> None:
+        """The request up to its first token, or `count` of them."""
+        for _ in self.decoder.generate(self.prompt, count):
             pass
 
     def steps(self, count: int) -> None:
@@ -87,8 +87,8 @@ class Request:
 
     def estimate_ms(self) -> float:
         """Roughly what `run` takes, without running it."""
-        self.first_token()
-        first_token_ms = time_call(self.first_token, self.device).ms
+        self.first_tokens()
+        first_token_ms = time_call(self.first_tokens, self.device).ms
         steps = self.workload.new_tokens - 1
         times = [
             time_call(partial(self.steps, 1), self.device).ms
@@ -113,9 +113,9 @@ class Request:
                 phases.append(replace(step, weight=(end - begin) * step.weight))
         return phases
 
-    def prompt_phase(self) -> Phase:
-        """The request up to its first token."""
-        return Phase(1.0, self.first_token, _nothing)
+    def prompt_phase(self, new_tokens: int = 1) -> Phase:
+        """The request up to its first token, or `new_tokens` of them."""
+        return Phase(1.0, partial(self.first_tokens, new_tokens), _nothing)
 
     def step_phase(self, first: int, last: int) -> Phase:
         """One decoding step, timed in bursts that begin and end with `first` to `last` tokens read.

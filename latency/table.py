@@ -1,22 +1,25 @@
 """The latency table: what each operator costs inside a model, measured once per device.
 
-    latency(architecture) ≈ base(width) + Σ cost(operator, width)
+    latency(architecture) ≈ base(width) + kinds · kind(width) + Σ cost(operator, width)
     cost(operator, width) = row(prompt) + Σ steps · row(context)
 
-A row holds what an operator adds to one part of a request, see `latency.grid`: the difference
-between two models run by the Decoder, interleaved, of which one has COPIES more of the operator
-than the other, the anchor, divided by COPIES. The base is what is left of the anchor without its
-one operator: embedding, last norm, head, the choice of a token, the loop. One table serves all
-workloads that are alike in batch and dtype, and measures only what one has that others had not.
+A row holds what an operator adds to one part of a request, see `latency.grid`. The base is what no
+operator adds: embedding, last norm, head, the choice of a token, the loop. Every kind of operator
+in a model adds something of its own, however often it is there: its code, which is as cold at each
+step as weights are. Rows are the least squares fit to models run by the Decoder, interleaved, in
+which operators are mixed as in those that are asked about, see `latency.mixtures`. One table serves
+all workloads that are alike in batch and dtype, and measures only what one has that others had not.
 
 References run in every round, see `latency.reference`. Times are divided by theirs in the same
 round and multiplied by theirs when the table was begun, so that rows measured while the machine was
-not equally fast (drift, busy neighbours) fit together.
+not equally fast (drift, busy neighbours) fit together. All models of a width are made anew several
+times, for where they lie in memory makes a percent or two.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,12 +29,23 @@ from typing import Any
 import numpy as np
 
 from latency.device import Device
-from latency.grid import Part, contexts, most_tokens, operator_parts
+from latency.grid import (
+    PROMPT_NEW_TOKENS,
+    Part,
+    contexts,
+    most_tokens,
+    operator_parts,
+    parts,
+    representative,
+)
 from latency.lock import device_lock
+from latency.mixtures import mixtures
+from latency.placement import estimate_round_ms, num_placements, share_of
 from latency.profile import profile_in_turn
 from latency.reference import (
     References,
     ReferenceTimes,
+    measure_references,
     reference_decodings,
     reference_time,
 )
@@ -55,12 +69,13 @@ from slm.operators import FFNConfig, OperatorConfig
 
 log = logging.getLogger(__name__)
 
-COPIES = 4
-# Cheap and possible at every width; a model needs an operator.
+# A second kind of operator beside the first, without which one kind's own cost would be the base's.
+# Cheap and possible at every width.
 ANCHOR = FFNConfig(ratio=1.0, multiple_of=1)
-BASE = "base"
+BASE, KIND = "base", "kind"
 
 Row = tuple[OperatorConfig, int]  # operator, width
+Timed = tuple[Architecture, Part]
 Progress = Callable[[str], None]
 
 
@@ -84,7 +99,7 @@ class LatencyTable:
     vocab_size, meta_tokens, normalize_logits: as in the architectures that it is asked about.
     compile_unit: of the decoder that it is measured with.
     rows: by width, then by the operator's text and the part of a request, see `row_name`; `BASE`
-        names the rest of the model.
+        names the rest of the model, `KIND` what each kind of operator adds once.
     reference_times: of the references at the machine speed at which the rows hold; None while there
         are no rows.
     """
@@ -132,6 +147,7 @@ class LatencyTable:
             # Another process may have measured them while this one waited for the device.
             table = read_table(path, table.parse) or table
             compile_ahead(table._decodings(table.missing(wanted)), progress)
+            table.reference_times = table.reference_times or measure_references(device, protocol)
             for width, missing in table.missing(wanted).items():
                 meter = CpuMeter()
                 if progress:
@@ -167,7 +183,7 @@ class LatencyTable:
         return found
 
     def terms(self, architecture: Architecture) -> list[tuple[str, int, Measurement]]:
-        """Name, count and cost of everything in a model: the base first, then its operators.
+        """Name, count and cost of everything in a model: base and kinds first, then its operators.
 
         Raises ValueError if the table is not for such a model or a row is missing.
         """
@@ -178,7 +194,9 @@ class LatencyTable:
         width = architecture.width
         rows = self.rows.get(width, {})
         counts = Counter(architecture.operators)
-        wanted = {BASE: (1, self._parts(ANCHOR, width))} | {
+        # As those of an operator that costs the same in all contexts.
+        rest = self._parts(ANCHOR, width)
+        wanted = {BASE: (1, rest), KIND: (len(counts), rest)} | {
             str(operator): (count, self._parts(operator, width))
             for operator, count in counts.items()
         }
@@ -203,7 +221,7 @@ class LatencyTable:
         ]
 
     def predict(self, architecture: Architecture) -> Prediction:
-        """The request's latency as base + Σ rows. Raises ValueError if a row is missing."""
+        """The request's latency as the sum of its rows. Raises ValueError if a row is missing."""
         total = weighted_sum((count, row) for _, count, row in self.terms(architecture))
         return Prediction(total.median_ms, total.low_ms, total.high_ms)
 
@@ -263,77 +281,122 @@ class LatencyTable:
         return replace(self, rows=rows, reference_times=reference_times)
 
     def _measure(
-        self, width: int, missing: Mapping[OperatorConfig, list[Part]], protocol: Protocol
+        self, width: int, missing: Iterable[OperatorConfig], protocol: Protocol
     ) -> dict[str, Measurement]:
-        """The rows that are missing at one width, all interleaved; those of the base, too."""
-        anchor = str(ANCHOR)
-        models = {str(each): self._architecture(width, each, COPIES) for each in missing}
-        wanted = {str(each): parts for each, parts in missing.items()}
-        # Contexts of an anchor are all alike.
-        least = contexts(0, self.meta_tokens)[0]
-        base_parts = {
-            part if part.kind == "prompt" else least for parts in wanted.values() for part in parts
+        """The rows that are missing at one width, fitted to models that are timed in turn."""
+        known = {name: row.median_ms for name, row in self.rows.get(width, {}).items()}
+        operators = list(dict.fromkeys([ANCHOR, *missing]))
+        timed = {
+            (model, part): rows
+            for model in (self._architecture(width, each) for each in mixtures(operators))
+            for part, rows in self._distinct_parts(model).items()
+            if not rows.keys() <= known.keys()
         }
-        rows = self.rows.get(width, {})
-        new_base_parts = [part for part in base_parts if row_name(BASE, part) not in rows]
-        if new_base_parts:
-            models[anchor] = self._architecture(width, ANCHOR, COPIES)
-            wanted[anchor] = list(dict.fromkeys([*wanted.get(anchor, []), *new_base_parts]))
-        models[BASE] = self._architecture(width, ANCHOR, 0)
-        phases = {
-            row_name(name, part): phase
-            for name, parts in (*wanted.items(), (BASE, base_parts))
-            for part, phase in self._phases(models[name], parts).items()
-        }
-        footprints = {
-            row_name(name, part): footprint_bytes(models[name], self.workload)
-            for name, parts in (*wanted.items(), (BASE, base_parts))
-            for part in parts
-        }
+        wanted = [
+            *dict.fromkeys(name for rows in timed.values() for name in rows if name not in known)
+        ]
+        counts = np.array([[rows.get(name, 0) for name in wanted] for rows in timed.values()])
+        known_ms = [
+            sum(count * known.get(name, 0.0) for name, count in rows.items())
+            for rows in timed.values()
+        ]
+        footprints = [footprint_bytes(model, self.workload) for model, _ in timed]
 
         def costs(samples: Samples) -> dict[str, np.ndarray]:
-            speed = self.reference_times or ReferenceTimes.from_samples(samples)
-            times = {
-                name: phase.weight
-                * samples[name]
-                * speed.at(footprints[name])
-                / reference_time(samples, footprints[name])
-                for name, phase in phases.items()
-            }
-            alone = {part.kind: times[row_name(BASE, part)] for part in base_parts}
-            found = {
-                row_name(name, part): (times[row_name(name, part)] - alone[part.kind]) / COPIES
-                for name, parts in wanted.items()
-                for part in parts
-            }
-            for part in new_base_parts:
-                found[row_name(BASE, part)] = alone[part.kind] - found[row_name(anchor, part)]
-            return found
+            """The rows that leave the least relative errors, round by round."""
+            assert self.reference_times is not None
+            ms = np.stack(
+                [
+                    samples[_timed_name(model, part)]
+                    / part.burst
+                    * self.reference_times.at(footprint)
+                    / reference_time(samples, footprint)
+                    for (model, part), footprint in zip(timed, footprints, strict=True)
+                ]
+            )  # [timed, rounds]
+            weights = 1 / np.median(ms, axis=1, keepdims=True)
+            solution = np.linalg.pinv(weights * counts) @ (
+                weights * (ms - np.array(known_ms)[:, None])
+            )
+            return dict(zip(wanted, solution, strict=True))
 
-        references = References(self.device, self.compile_unit)
-        timing = measure_interleaved(
-            references.functions | {name: phase.run for name, phase in phases.items()},
-            self.device,
-            replace(protocol, max_seconds=protocol.max_seconds * (1 + len(wanted))),
-            prepare=references.prepare | {name: phase.prepare for name, phase in phases.items()},
-            derive=costs,
-        )
-        self.reference_times = self.reference_times or ReferenceTimes.from_samples(timing.samples)
-        return timing.measurements
-
-    def _phases(self, architecture: Architecture, parts: Iterable[Part]) -> dict[Part, Phase]:
-        """Parts of a request, to be timed."""
-        chosen = list(parts)
-        prompt = max((part.tokens for part in chosen if part.kind == "prompt"), default=1)
-        room = most_tokens(chosen, self.meta_tokens)
-        workload = replace(self.workload, prompt_tokens=prompt, new_tokens=max(2, room - prompt))
-        request = Request(architecture, workload, self.device, self.compile_unit)
+        seconds = protocol.max_seconds * (1 + len(operators))
+        protocol = replace(protocol, max_seconds=seconds)
+        placements = self._time(list(timed), costs, protocol)
         return {
-            part: request.prompt_phase()
-            if part.kind == "prompt"
-            else request.step_phase(*part.steps(self.meta_tokens))
-            for part in chosen
+            name: Measurement.from_placements(
+                [each[name] for each in placements], protocol.max_interval_percent
+            )
+            for name in wanted
         }
+
+    def _time(
+        self,
+        timed: list[Timed],
+        costs: Callable[[Samples], Samples],
+        protocol: Protocol,
+    ) -> list[dict[str, Measurement]]:
+        """Parts of models beside the references, in as many placements as there is time for."""
+        found: list[dict[str, Measurement]] = []
+        count = 1
+        while len(found) < count:
+            begin_s = time.monotonic()
+            # The last placement lies in memory until this one does, which gets memory of its own.
+            references = References(self.device, self.compile_unit)
+            phases = self._phases(timed)
+            functions = references.functions | {name: each.run for name, each in phases.items()}
+            prepare = references.prepare | {name: each.prepare for name, each in phases.items()}
+            if not found:
+                seconds_to_make = time.monotonic() - begin_s
+                round_ms = estimate_round_ms(functions, prepare, self.device)
+                count = num_placements(round_ms, seconds_to_make, protocol)
+            timing = measure_interleaved(
+                functions,
+                self.device,
+                share_of(protocol, count),
+                prepare=prepare,
+                derive=costs,
+            )
+            found.append(timing.measurements)
+        return found
+
+    def _phases(self, timed: Iterable[Timed]) -> dict[str, Phase]:
+        """What is timed of each, by its name."""
+        chosen: dict[Architecture, list[Part]] = {}
+        for model, part in timed:
+            chosen.setdefault(model, []).append(part)
+        phases = {}
+        for model, own in chosen.items():
+            prompt = self.workload.prompt_tokens
+            room = most_tokens(own, self.meta_tokens)
+            workload = replace(self.workload, new_tokens=max(2, room - prompt))
+            request = Request(model, workload, self.device, self.compile_unit)
+            for part in own:
+                phases[_timed_name(model, part)] = (
+                    request.prompt_phase(PROMPT_NEW_TOKENS)
+                    if part.kind == "prompt"
+                    else request.step_phase(*part.steps(self.meta_tokens))
+                )
+        return phases
+
+    def _distinct_parts(self, model: Architecture) -> dict[Part, dict[str, int]]:
+        """The workload's parts that do not cost a model the same, each with the rows it is."""
+        found: dict[Part, dict[str, int]] = {}
+        for part in parts(self.workload, self.meta_tokens):
+            rows = self._rows_of(model, part)
+            if rows not in found.values():
+                found[part] = rows
+        return found
+
+    def _rows_of(self, model: Architecture, part: Part) -> dict[str, int]:
+        """The rows whose sum a part of a request is, and how often each is in it."""
+        counts = Counter(model.operators)
+        rest = part if part.kind == "prompt" else contexts(0, self.meta_tokens)[0]
+        rows = {row_name(BASE, rest): 1, row_name(KIND, rest): len(counts)}
+        for operator, count in counts.items():
+            own = representative(operator, model.width, part, self.meta_tokens)
+            rows[row_name(operator, own)] = count
+        return rows
 
     def _parts(self, operator: OperatorConfig, width: int) -> dict[Part, float]:
         return operator_parts(operator, width, self.workload, self.meta_tokens)
@@ -349,20 +412,23 @@ class LatencyTable:
         yield from reference_decodings(self.device, self.compile_unit)
         for width, operators in missing.items():
             for operator in operators:
-                architecture = self._architecture(width, operator, copies=1)
+                architecture = self._architecture(width, [ANCHOR, operator])
                 yield decoding(architecture, self.workload, self.device, self.compile_unit)
 
-    def _architecture(self, width: int, operator: OperatorConfig, copies: int) -> Architecture:
-        """The anchor model with `copies` of an operator added."""
+    def _architecture(self, width: int, operators: Iterable[OperatorConfig]) -> Architecture:
         return Architecture(
             width=width,
             vocab_size=self.vocab_size,
             meta_tokens=self.meta_tokens,
             normalize_logits=self.normalize_logits,
-            operators=(ANCHOR, *[operator] * copies),
+            operators=tuple(operators),
         )
 
 
 def row_name(operator: OperatorConfig | str, part: Part) -> str:
-    """Of the row of an operator, or of `BASE`, for a part of a request."""
+    """Of the row of an operator, or of `BASE` or `KIND`, for a part of a request."""
     return f"{operator}, {part}"
+
+
+def _timed_name(model: Architecture, part: Part) -> str:
+    return f"{model}, {part}"

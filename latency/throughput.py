@@ -108,7 +108,7 @@ def _peak_bytes(architecture: Architecture, workload: Workload, device: Device) 
         request = Request(architecture, workload, device)
         restart()
         # Writes to all of the state, before the prompt.
-        request.first_token()
+        request.first_tokens()
     if memory.bytes is None:
         raise OSError("this system does not tell how much memory a process takes")
     return memory.bytes

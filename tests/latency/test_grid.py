@@ -14,17 +14,18 @@ META_TOKENS = st.integers(0, 300)
 
 
 def seen(workload: Workload, meta_tokens: int) -> np.ndarray:
-    """Tokens that each decoding step of a request sees, one after the other."""
-    first = meta_tokens + workload.prompt_tokens + 1
-    return np.arange(first, first + workload.new_tokens - 1)
+    """Tokens that each decoding step after the first sees, one after the other."""
+    first = meta_tokens + workload.prompt_tokens + 2
+    return np.arange(first, first + workload.new_tokens - 2)
 
 
 @given(WORKLOADS, META_TOKENS)
 def test_every_step_of_a_request_is_counted(workload, meta_tokens):
     found = parts(workload, meta_tokens)
     prompt = Part("prompt", workload.prompt_tokens)
+    # The first step is the prompt's.
     assert found.pop(prompt) == 1
-    assert sum(found.values()) == pytest.approx(workload.new_tokens - 1)
+    assert sum(found.values()) == pytest.approx(workload.new_tokens - 2)
     assert all(times > 0 for times in found.values())
 
 
@@ -67,7 +68,7 @@ def test_contexts_double_and_are_shared_by_all_lengths(most, meta_tokens):
 def test_what_does_not_grow_with_the_context_has_one(text):
     workload = Workload(prompt_tokens=100, new_tokens=8000)
     found = operator_parts(parse_operator(text), 64, workload, meta_tokens=8)
-    assert found == {Part("prompt", 100): 1.0, Part("context", 64): pytest.approx(7999)}
+    assert found == {Part("prompt", 100): 1.0, Part("context", 64): pytest.approx(7998)}
 
 
 def test_attention_has_all_contexts_and_a_window_those_that_it_grows_through():
@@ -78,4 +79,4 @@ def test_attention_has_all_contexts_and_a_window_those_that_it_grows_through():
     window = parse_operator("attention(head_dim=32,window=100)")
     found = operator_parts(window, 64, workload, 8)
     assert {part.tokens for part in found} == {100, 128, 256}
-    assert sum(found.values()) == pytest.approx(1 + 899)
+    assert sum(found.values()) == pytest.approx(1 + 898)

@@ -2,15 +2,18 @@ import json
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from latency.clock import CpuClock, Sample
 from latency.grid import Part
-from latency.reference import REQUESTS, ReferenceTimes
-from latency.table import ANCHOR, BASE, LatencyTable, row_name
+from latency.reference import REQUESTS, SMALL, ReferenceTimes
+from latency.request import BURST_STEPS
+from latency.table import ANCHOR, BASE, KIND, LatencyTable, row_name
 from latency.table_error import spearman, table_error
 from latency.timer import Measurement
 from slm.architecture import Architecture
@@ -34,8 +37,8 @@ def row(median: float, error: float = 0.0) -> Measurement:
 
 TIMES = ReferenceTimes(dict.fromkeys(REQUESTS, 10.0))
 PROMPT, CONTEXT = Part("prompt", 4), Part("context", 64)
-# The workload's: one prompt, four steps, all within the first context.
-STEPS = 4
+# The workload's: one prompt and the step after it, three others, all within the first context.
+STEPS = 3
 
 
 def names(*operators) -> set[str]:
@@ -43,11 +46,46 @@ def names(*operators) -> set[str]:
     return {row_name(operator, part) for operator in operators for part in (PROMPT, CONTEXT)}
 
 
+# What there is at every width.
+REST = names(BASE, KIND, ANCHOR)
+
+
+MAMBA2 = parse_operator("mamba2(head_dim=8)")
+# Of a step; a prompt takes so many times that.
+COSTS_MS = {BASE: 1.0, KIND: 0.25, ANCHOR: 0.5, FFN: 0.125, ATTENTION: 2.0, MAMBA2: 3.0}
+PROMPT_STEPS = 10.0
+
+
+class AddingClock(CpuClock):
+    """Times models as if they were sums of such costs, on a machine that becomes ever slower."""
+
+    def __init__(self):
+        self.speed = 1.0
+
+    def read(self):
+        # Once for each round.
+        self.speed *= 1.01
+
+    def time(self, function):
+        function()
+        called = function.func if isinstance(function, partial) else function
+        kind = called.__name__
+        if kind == "run":  # of a reference, or of a whole round
+            return Sample(self.speed, is_quiet=True)
+        request = called.__self__
+        operators = request.architecture.operators
+        step_ms = sum(COSTS_MS[each] for each in (BASE, *[KIND] * len(set(operators)), *operators))
+        times = BURST_STEPS if kind == "steps" else PROMPT_STEPS
+        return Sample(times * step_ms * self.speed, is_quiet=True)
+
+
 @pytest.fixture
 def table(device, workload) -> LatencyTable:
     rows = {
-        row_name(BASE, PROMPT): row(1.0, 0.6),
+        row_name(BASE, PROMPT): row(1.0, 0.8),
         row_name(BASE, CONTEXT): row(0.5),
+        row_name(KIND, PROMPT): row(0.125),
+        row_name(KIND, CONTEXT): row(0.0625),
         row_name(ATTENTION, PROMPT): row(0.5),
         row_name(ATTENTION, CONTEXT): row(0.75, 0.2),
         row_name(FFN, PROMPT): row(0.25),
@@ -71,7 +109,7 @@ def test_rows_of_compiled_operators_are_another_table(build, protocol, workload,
     compiled = replace(protocol, compile_unit="operator")
     table = build((FFN, 64), protocol=compiled, progress=said.append)
     assert said[0].startswith("compiling ")
-    assert set(table.rows[64]) == names(BASE, ANCHOR, FFN)
+    assert set(table.rows[64]) == REST | names(FFN)
     assert table.to_dict()["compile_unit"] == "operator"
     plain = LatencyTable(workload, device, vocab_size=32)
     folder = Path()
@@ -88,9 +126,10 @@ def test_whole_steps_have_no_parts(build, protocol):
 def test_prediction_is_base_plus_rows(table):
     architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn ffn ffn")
     prediction = table.predict(architecture)
-    prompt, step = 1.0 + 0.5 + 3 * 0.25, 0.5 + 0.75 + 3 * 0.125
+    prompt = 1.0 + 2 * 0.125 + 0.5 + 3 * 0.25
+    step = 0.5 + 2 * 0.0625 + 0.75 + 3 * 0.125
     assert prediction.request_ms == pytest.approx(prompt + STEPS * step)
-    # Errors add as squares: 0.6² + (4 · 0.2)² = 1.
+    # Errors add as squares: 0.8² + (3 · 0.2)² = 1.
     assert prediction.low_ms == pytest.approx(prediction.request_ms - 1.0)
     assert prediction.high_ms == pytest.approx(prediction.request_ms + 1.0)
 
@@ -101,7 +140,7 @@ def test_prediction_is_base_plus_rows(table):
         ("width=16 vocab_size=32 | mamba2(head_dim=8) ffn", r"no row .* width 16 for mamba2"),
         (
             "width=32 vocab_size=32 | ffn",
-            r"no row .* width 32 for base, prompt 4; base, context 64; ffn, prompt 4; ffn",
+            r"no row .* width 32 for base, prompt 4; base, .*; kind, .*; kind, .*; ffn, prompt",
         ),
         ("width=16 vocab_size=33 | ffn", "vocab_size: the latency table holds for 32, got 33"),
         ("width=16 vocab_size=32 meta_tokens=4 | ffn", "meta_tokens: .* holds for 0, got 4"),
@@ -114,15 +153,28 @@ def test_a_model_that_the_table_does_not_know_is_refused(table, text, message):
 
 def test_a_measured_table_adds_up_and_is_read_back(build):
     built = build((ATTENTION, 16), (FFN, 16))
-    assert set(built.rows[16]) == names(BASE, ANCHOR, ATTENTION, FFN)
+    assert set(built.rows[16]) == REST | names(ATTENTION, FFN)
     architecture = Architecture.parse("width=16 vocab_size=32 | ffn attention(head_dim=8) ffn")
     expected = sum(
         count * times * built.rows[16][row_name(operator, part)].median_ms
-        for operator, count in Counter([BASE, FFN, ATTENTION, FFN]).items()
+        for operator, count in Counter([BASE, KIND, KIND, FFN, ATTENTION, FFN]).items()
         for part, times in ((PROMPT, 1), (CONTEXT, STEPS))
     )
     assert built.predict(architecture).request_ms == pytest.approx(expected)
     assert build((ATTENTION, 16), (FFN, 16)).rows == built.rows
+
+
+def test_rows_are_the_costs_that_add_up_to_the_models_times(build, monkeypatch):
+    clock = AddingClock()
+    monkeypatch.setattr("latency.timer.clock_of", lambda device: clock)
+    # What comes later is fitted to what is known.
+    for operators in ([(FFN, 16)], [(FFN, 16), (ATTENTION, 16), (MAMBA2, 16)]):
+        table = build(*operators)
+    scale = table.reference_times.ms[SMALL]
+    for operator, step_ms in COSTS_MS.items():
+        step, prompt = (table.rows[16][row_name(operator, part)] for part in (CONTEXT, PROMPT))
+        assert step.median_ms == pytest.approx(step_ms * scale, rel=1e-6)
+        assert prompt.median_ms == pytest.approx(PROMPT_STEPS * step_ms * scale, rel=1e-6)
 
 
 def test_new_rows_are_added_without_measuring_old_ones_again(build):
@@ -134,7 +186,7 @@ def test_new_rows_are_added_without_measuring_old_ones_again(build):
     # The rows hold for one machine speed, whenever they were measured.
     assert second.reference_times == first.reference_times
     assert set(second.rows[16]) - set(first.rows[16]) == names(ATTENTION)
-    assert set(second.rows[32]) == names(BASE, ANCHOR, FFN)
+    assert set(second.rows[32]) == REST | names(FFN)
     assert announced == [f"latency of 1 operators at width {width}" for width in (16, 16, 32)]
     # Nothing is missing: nothing is measured, so nothing is said.
     assert build((FFN, 32), progress=announced.append).rows == second.rows
@@ -217,7 +269,7 @@ def test_workloads_share_rows(device, workload, protocol, tmp_path):
     prompt = build(prompt_tokens=9)
     assert said[2:] == ["latency of 2 operators at width 16"]
     assert set(prompt.rows[16]) - set(longer.rows[16]) == {
-        row_name(operator, Part("prompt", 9)) for operator in (BASE, ANCHOR, FFN, ATTENTION)
+        row_name(operator, Part("prompt", 9)) for operator in (BASE, KIND, ANCHOR, FFN, ATTENTION)
     }
     for name, measured in longer.rows[16].items():
         assert prompt.rows[16][name] == measured
@@ -236,7 +288,7 @@ def test_validation_compares_with_whole_models(table, protocol):
     texts = ["width=16 vocab_size=32 | ffn", "width=16 vocab_size=32 | ffn attention(head_dim=8)"]
     error = table.validate(map(Architecture.parse, texts), protocol)
     assert error.architectures == texts
-    assert error.predicted_ms == pytest.approx([1.25 + 4 * 0.625, 1.75 + 4 * 1.375])
+    assert error.predicted_ms == pytest.approx([1.375 + STEPS * 0.6875, 2.0 + STEPS * 1.5])
     signed = [(p / m - 1) * 100 for p, m in zip(error.predicted_ms, error.measured_ms, strict=True)]
     assert error.errors_percent == pytest.approx(signed)
 

@@ -1,0 +1,59 @@
+"""In which models a latency table's operators are measured: each alone, and several mixed.
+
+What an operator costs depends on what is around it: whether its code is in the caches, whether the
+head's weights still are. Rows are to hold in models as they are searched for, so they are fitted to
+such: hybrids of different depths and proportions, in random order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+# Of a mixture, in operators.
+MIN_DEPTH, MAX_DEPTH = 3, 9
+# More models than there are costs to find, by so many.
+SPARE_MODELS = 2
+DRAWS = 200
+
+Operator = TypeVar("Operator")
+
+
+def mixtures(operators: Sequence[Operator]) -> list[tuple[Operator, ...]]:
+    """Models of these operators, from which all their costs can be found; always the same.
+
+    Each alone; and of many draws of as many mixtures and some more, those that tell the costs apart
+    best (D-optimal, errors being in proportion to depth).
+    """
+    alone = [(each,) for each in operators]
+    rng = random.Random(0)
+    draws = [_mixed(operators, rng) for _ in range(DRAWS)]
+    return max(
+        ([*alone, *mixed] for mixed in draws), key=lambda each: _information(each, operators)
+    )
+
+
+def costs_in(model: Sequence[Operator], operators: Sequence[Operator]) -> list[int]:
+    """How often the costs are in a model: of its rest, of another kind, of each operator."""
+    counts = Counter(model)
+    return [1, len(counts), *(counts[each] for each in operators)]
+
+
+def _mixed(operators: Sequence[Operator], rng: random.Random) -> list[tuple[Operator, ...]]:
+    return [
+        tuple(rng.choices(operators, k=rng.randint(MIN_DEPTH, MAX_DEPTH)))
+        for _ in range(len(operators) + SPARE_MODELS)
+    ]
+
+
+def _information(models: Sequence[Sequence[Operator]], operators: Sequence[Operator]) -> float:
+    """Of their times about the costs: log det XᵀX."""
+    x = np.array([costs_in(each, operators) for each in models], dtype=float)
+    # As a model's rest is about as costly as a few operators.
+    x /= np.array([[MIN_DEPTH + len(each)] for each in models])
+    sign, log_det = np.linalg.slogdet(x.T @ x)
+    return float(log_det) if sign > 0 else -np.inf
