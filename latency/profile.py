@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -24,7 +25,13 @@ from latency.placement import (
     round_ms,
     share_of,
 )
-from latency.reference import REQUESTS, References, ReferenceTimes, reference_time
+from latency.reference import (
+    BETWEEN_RUNS_PERCENT,
+    REQUESTS,
+    References,
+    ReferenceTimes,
+    reference_time,
+)
 from latency.request import Request
 from latency.roofline import Peaks, Roofline, footprint_bytes, middle_context, roofline
 from latency.timer import CpuMeter, Measurement, Protocol, drift_percent, quiet
@@ -44,7 +51,8 @@ class Profile:
         reference_ms: between them, at the model's own `footprint_bytes`; drift_percent: by how much
         that became slower from the first half of the run to the second.
     request_per_reference: the request as a multiple of that in the same round: what can be compared
-        between runs while the machine was not equally fast; and the 95 % interval of it.
+        between runs while the machine was not equally fast; and the 95 % interval of it, which
+        holds what differs between runs, see `latency.reference`.
     method: 'whole' requests, or decoding steps 'sampled' at several contexts and integrated.
     compile_unit: what was compiled as one; 'eager' is nothing.
     state_bytes: of the whole batch, at the end of the request.
@@ -275,7 +283,7 @@ class _Profiling:
             footprint_bytes=footprint,
             drift_percent=drift_percent(reference_samples),
             request_per_reference=ratio.median_ms,
-            request_per_reference_interval=(ratio.low_ms, ratio.high_ms),
+            request_per_reference_interval=_between_runs(ratio),
             method="whole" if self.is_whole else "sampled",
             compile_unit=self.protocol.compile_unit,
             parameters=architecture.parameters(),
@@ -290,3 +298,12 @@ class _Profiling:
             gpu=tuple(timing.gpu for timing in timings if timing.gpu),
             seed=self.seed,
         )
+
+
+def _between_runs(ratio: Measurement) -> tuple[float, float]:
+    """The interval of a multiple of the references, to be compared with that of another run."""
+    between = BETWEEN_RUNS_PERCENT / 100 * ratio.median_ms
+    low, high = (
+        math.hypot(each - ratio.median_ms, between) for each in (ratio.low_ms, ratio.high_ms)
+    )
+    return ratio.median_ms - low, ratio.median_ms + high

@@ -8,7 +8,7 @@ import torch
 
 from latency.clock import CpuClock, Sample
 from latency.profile import profile, profile_in_turn
-from latency.reference import REQUESTS, SMALL
+from latency.reference import BETWEEN_RUNS_PERCENT, REQUESTS, SMALL
 from latency.request import Request
 from latency.roofline import Peaks, middle_context, step_bytes
 from latency.timer import MIN_ROUNDS
@@ -29,7 +29,9 @@ def test_figures_belong_together(device, workload, architecture, protocol):
     assert found.state_bytes == 2 * 9 * 16 * 4
     assert found.cache_state == "hot"
     low, high = found.request_per_reference_interval
-    assert low <= found.request_per_reference <= high
+    # However alike the rounds are, another run is not quite like this one.
+    least = BETWEEN_RUNS_PERCENT / 100 * found.request_per_reference
+    assert low + least <= found.request_per_reference <= high - least
     record = json.loads(json.dumps(found.to_dict()))
     assert record["architecture"] == str(architecture)
     assert record["device"]["key"] == device.key
