@@ -7,7 +7,7 @@ A row holds what an operator adds to one part of a request, see `latency.grid`. 
 operator adds: embedding, last norm, head, the choice of a token, the loop. Every kind of operator
 in a model adds something of its own, however often it is there: its code, which is as cold at each
 step as weights are. Rows are the least squares fit to models run by the Decoder, interleaved, in
-which operators are mixed as in those that are asked about, see `latency.mixtures`. One table serves
+which operators are mixed as in those that are asked about, see `latency.table_models`. One table serves
 all workloads that are alike in batch and dtype, and measures only what one has that others had not.
 
 References run in every round, see `latency.reference`. Times are divided by theirs in the same
@@ -39,7 +39,6 @@ from latency.grid import (
     representative,
 )
 from latency.lock import device_lock
-from latency.mixtures import mixtures
 from latency.placement import estimate_round_ms, num_placements, share_of
 from latency.profile import profile_in_turn
 from latency.reference import (
@@ -53,6 +52,7 @@ from latency.request import Phase, Request, decoding
 from latency.roofline import footprint_bytes
 from latency.table_error import TableError, table_error
 from latency.table_file import read_table, write_table
+from latency.table_models import mixtures
 from latency.timer import (
     CpuMeter,
     Measurement,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from latency.mixtures import MAX_DEPTH, costs_in, mixtures
+from latency.table_models import MAX_DEPTH, costs_in, mixtures
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 12])
