@@ -7,8 +7,9 @@ A row holds what an operator adds to one part of a request, see `latency.grid`. 
 operator adds: embedding, last norm, head, the choice of a token, the loop. Every kind of operator
 in a model adds something of its own, however often it is there: its code, which is as cold at each
 step as weights are. Rows are the least squares fit to models run by the Decoder, interleaved, in
-which operators are mixed as in those that are asked about, see `latency.table_models`. One table serves
-all workloads that are alike in batch and dtype, and measures only what one has that others had not.
+which operators are mixed as in those that are asked about, see `latency.table_models`. One table
+serves all workloads that are alike in batch and dtype, and measures only what one has that others
+had not.
 
 References run in every round, see `latency.reference`. Times are divided by theirs in the same
 round and multiplied by theirs when the table was begun, so that rows measured while the machine was
