@@ -50,7 +50,10 @@ def profile_table(measured: Profile, roofline: Roofline) -> Table:
 def breakdown_table(latency_table: LatencyTable, architecture: Architecture) -> Table:
     """What each part of a model costs in a request, and what they add up to."""
     predicted = latency_table.predict(architecture)
-    table = Table(title=f"from the latency table, compiled: {latency_table.compile_unit}")
+    table = Table(
+        title=f"from the latency table, compiled: {latency_table.compile_unit}",
+        caption="base: what no operator adds; kind: what each kind of operator adds once",
+    )
     for column in ("", "count", "each, ms", "95 % interval", "together, ms", "share"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, count, row in latency_table.terms(architecture):
