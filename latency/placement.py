@@ -45,19 +45,24 @@ class Placement:
     timings: list[Timing]
 
 
-def round_ms(request: Request, references: References, is_whole: bool, protocol: Protocol) -> float:
-    """Roughly what a round of either way of measuring takes."""
-    times_ms = request.estimate_ms()
-    if is_whole:
-        # The first token comes to less than another request.
-        times_ms *= 2
-    else:
-        steps = request.workload.new_tokens - 1
-        times_ms *= min(1.0, protocol.num_contexts * BURST_STEPS / steps)
-    return times_ms + references.estimate_ms()
+def whole_round_ms(first_token_ms: float, steps_ms: float, references: References) -> float:
+    """Roughly what a round of `measure_whole` takes: the first token twice, and the request."""
+    return 3 * first_token_ms + steps_ms + references.estimate_ms()
 
 
-def estimate_round_ms(
+def sampled_round_ms(
+    first_token_ms: float, steps_ms: float, references: References, steps: int, protocol: Protocol
+) -> float:
+    """Roughly what a round of every phase of `measure_sampled` takes, each beside the references.
+
+    steps: of the request, which take `steps_ms`.
+    """
+    share = min(1.0, protocol.num_contexts * BURST_STEPS / steps)
+    phases = 1 + protocol.num_contexts
+    return 2 * first_token_ms + share * steps_ms + phases * references.estimate_ms()
+
+
+def interleaved_round_ms(
     functions: Mapping[str, Callable[[], object]],
     prepare: Mapping[str, Callable[[], object]],
     device: Device,
@@ -107,14 +112,18 @@ def is_narrow(times: Sequence[Placement], max_interval_percent: float) -> bool:
 
 
 def measure_whole(request: Request, references: References, protocol: Protocol) -> Placement:
-    """Whole requests; they, and their ratio to the references, are asked to converge."""
+    """Whole requests; they, and their ratio to the references, are asked to converge.
+
+    Before its first token is timed the request gives it once: else it would find the caches as the
+    references left them.
+    """
     steps = request.workload.new_tokens - 1
     footprint = footprint_bytes(request.architecture, request.workload)
     timing = measure_interleaved(
         references.functions | {"ttft": request.first_tokens, "request": request.run},
         request.device,
         protocol,
-        prepare=references.prepare,
+        prepare=references.prepare | {"ttft": request.first_tokens},
         derive=lambda samples: {
             "request": samples["request"],
             "ratio": samples["request"] / reference_time(samples, footprint),

@@ -22,8 +22,9 @@ from latency.placement import (
     measure_whole,
     num_placements,
     pooled,
-    round_ms,
+    sampled_round_ms,
     share_of,
+    whole_round_ms,
 )
 from latency.reference import (
     BETWEEN_RUNS_PERCENT,
@@ -215,14 +216,18 @@ class _Profiling:
                 request = self._request()
                 # Building takes more: weights are drawn in fp32.
                 restart()
+                first_token_ms, steps_ms = request.estimate_ms()
                 limit_ms = 1000 * self.protocol.max_request_seconds
-                self.is_whole = request.estimate_ms() <= limit_ms
+                self.is_whole = first_token_ms + steps_ms <= limit_ms
+                if self.is_whole:
+                    round_ms = whole_round_ms(first_token_ms, steps_ms, references)
+                else:
+                    steps = self.workload.new_tokens - 1
+                    round_ms = sampled_round_ms(
+                        first_token_ms, steps_ms, references, steps, self.protocol
+                    )
                 seconds = time.monotonic() - begin_s
-                self.num_placements = num_placements(
-                    round_ms(request, references, self.is_whole, self.protocol),
-                    seconds,
-                    self.protocol,
-                )
+                self.num_placements = num_placements(round_ms, seconds, self.protocol)
                 self.meter = CpuMeter()
                 return self._measure(request, references)
 

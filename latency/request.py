@@ -85,8 +85,8 @@ class Request:
         for _ in range(count):
             tokens = self.decoder.greedy_step(tokens)
 
-    def estimate_ms(self) -> float:
-        """Roughly what `run` takes, without running it."""
+    def estimate_ms(self) -> tuple[float, float]:
+        """Roughly what the first token takes and what the steps after it do, a few of which run."""
         self.first_tokens()
         first_token_ms = time_call(self.first_tokens, self.device).ms
         steps = self.workload.new_tokens - 1
@@ -94,7 +94,7 @@ class Request:
             time_call(partial(self.steps, 1), self.device).ms
             for _ in range(min(ESTIMATE_STEPS, steps))
         ]
-        return first_token_ms + steps * statistics.median(times)
+        return first_token_ms, steps * statistics.median(times)
 
     def sampled(self, num_contexts: int) -> list[Phase]:
         """The request as its first token and one phase for each of the contexts.
@@ -114,8 +114,12 @@ class Request:
         return phases
 
     def prompt_phase(self, new_tokens: int = 1) -> Phase:
-        """The request up to its first token, or `new_tokens` of them."""
-        return Phase(1.0, partial(self.first_tokens, new_tokens), _nothing)
+        """The request up to its first token, or `new_tokens` of them.
+
+        As in one request after another, it finds the caches as the same left them.
+        """
+        run = partial(self.first_tokens, new_tokens)
+        return Phase(1.0, run, run)
 
     def step_phase(self, first: int, last: int) -> Phase:
         """One decoding step, timed in bursts that begin and end with `first` to `last` tokens read.
@@ -146,7 +150,3 @@ def decoding(
         device.torch_device,
         device.threads,
     )
-
-
-def _nothing() -> None:
-    """What is prepared when nothing is to be."""

@@ -19,6 +19,7 @@ times, for where they lie in memory makes a percent or two.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -40,7 +41,7 @@ from latency.grid import (
     representative,
 )
 from latency.lock import device_lock
-from latency.placement import estimate_round_ms, num_placements, share_of
+from latency.placement import interleaved_round_ms, num_placements, share_of
 from latency.profile import profile_in_turn
 from latency.reference import (
     References,
@@ -53,7 +54,7 @@ from latency.request import Phase, Request, decoding
 from latency.roofline import footprint_bytes
 from latency.table_error import TableError, table_error
 from latency.table_file import read_table, write_table
-from latency.table_models import mixtures
+from latency.table_models import table_models
 from latency.timer import (
     CpuMeter,
     Measurement,
@@ -70,8 +71,8 @@ from slm.operators import FFNConfig, OperatorConfig
 
 log = logging.getLogger(__name__)
 
-# A second kind of operator beside the first, without which one kind's own cost would be the base's.
-# Cheap and possible at every width.
+# Stands for mixers or FFNs where there are none: without a second kind of operator beside the
+# first, one kind's own cost would be the base's. Cheap and possible at every width.
 ANCHOR = FFNConfig(ratio=1.0, multiple_of=1)
 BASE, KIND = "base", "kind"
 
@@ -140,20 +141,26 @@ class LatencyTable:
             raise ValueError("compile_unit: a table takes 'operator' or 'eager', got 'step'")
         table = cls(workload, device, vocab_size, meta_tokens, normalize_logits, unit)
         path = table.path(cache_dir)
-        wanted = list(operators)
+        wanted = list(dict.fromkeys(operators))
         table = read_table(path, table.parse) or table
         if not table.missing(wanted):
             return table
         with device_lock(name=device.lock_name):
             # Another process may have measured them while this one waited for the device.
             table = read_table(path, table.parse) or table
-            compile_ahead(table._decodings(table.missing(wanted)), progress)
+            models = {
+                width: table._models(width, missing, [each for each, at in wanted if at == width])
+                for width, missing in table.missing(wanted).items()
+            }
+            compile_ahead(table._decodings(models), progress)
             table.reference_times = table.reference_times or measure_references(device, protocol)
             for width, missing in table.missing(wanted).items():
                 meter = CpuMeter()
                 if progress:
                     progress(f"latency of {len(missing)} operators at width {width}")
-                rows = table._measure(width, missing, protocol)
+                seconds = protocol.max_seconds * (1 + len(missing))
+                share = replace(protocol, max_seconds=seconds)
+                rows = table._measure(models[width], share)
                 if not all(row.quiet for row in rows.values()):
                     busy = meter.others_busy()
                     log.warning("%s: width %d: other work kept %.1f CPUs busy", path, width, busy)
@@ -172,7 +179,7 @@ class LatencyTable:
     def missing(self, operators: Iterable[Row]) -> dict[int, dict[OperatorConfig, list[Part]]]:
         """The parts of the workload for which `operators` have no row, by width and operator."""
         found: dict[int, dict[OperatorConfig, list[Part]]] = {}
-        for operator, width in dict.fromkeys(operators):
+        for operator, width in operators:
             rows = self.rows.get(width, {})
             parts = [
                 part
@@ -281,15 +288,39 @@ class LatencyTable:
             rows[int(width)] = {name: Measurement.from_dict(m) for name, m in measured.items()}
         return replace(self, rows=rows, reference_times=reference_times)
 
-    def _measure(
-        self, width: int, missing: Iterable[OperatorConfig], protocol: Protocol
-    ) -> dict[str, Measurement]:
+    def _models(
+        self,
+        width: int,
+        missing: Iterable[OperatorConfig],
+        asked: Iterable[OperatorConfig],
+    ) -> list[Architecture]:
+        """In which what is missing is measured: mixers with other FFNs if no FFN is, and so on."""
+
+        def choose(are_ffns: bool) -> list[OperatorConfig]:
+            new, every = (
+                [each for each in operators if isinstance(each, FFNConfig) == are_ffns]
+                for operators in (missing, asked)
+            )
+            return new or every or [ANCHOR]
+
+        return [
+            Architecture(
+                width=width,
+                vocab_size=self.vocab_size,
+                meta_tokens=self.meta_tokens,
+                normalize_logits=self.normalize_logits,
+                operators=operators,
+            )
+            for operators in table_models(choose(are_ffns=False), choose(are_ffns=True))
+        ]
+
+    def _measure(self, models: list[Architecture], protocol: Protocol) -> dict[str, Measurement]:
         """The rows that are missing at one width, fitted to models that are timed in turn."""
-        known = {name: row.median_ms for name, row in self.rows.get(width, {}).items()}
-        operators = list(dict.fromkeys([ANCHOR, *missing]))
+        rows_there = self.rows.get(models[0].width, {})
+        known = {name: row.median_ms for name, row in rows_there.items()}
         timed = {
             (model, part): rows
-            for model in (self._architecture(width, each) for each in mixtures(operators))
+            for model in models
             for part, rows in self._distinct_parts(model).items()
             if not rows.keys() <= known.keys()
         }
@@ -321,8 +352,6 @@ class LatencyTable:
             )
             return dict(zip(wanted, solution, strict=True))
 
-        seconds = protocol.max_seconds * (1 + len(operators))
-        protocol = replace(protocol, max_seconds=seconds)
         placements = self._time(list(timed), costs, protocol)
         return {
             name: Measurement.from_placements(
@@ -349,7 +378,7 @@ class LatencyTable:
             prepare = references.prepare | {name: each.prepare for name, each in phases.items()}
             if not found:
                 seconds_to_make = time.monotonic() - begin_s
-                round_ms = estimate_round_ms(functions, prepare, self.device)
+                round_ms = interleaved_round_ms(functions, prepare, self.device)
                 count = num_placements(round_ms, seconds_to_make, protocol)
             timing = measure_interleaved(
                 functions,
@@ -406,24 +435,12 @@ class LatencyTable:
         """What all workloads that share the table have in common: 'b1-float32'."""
         return f"b{self.workload.batch_size}-{self.workload.dtype}"
 
-    def _decodings(
-        self, missing: Mapping[int, Mapping[OperatorConfig, list[Part]]]
-    ) -> Iterator[Decoding]:
-        """What is decoded to measure the operators."""
+    def _decodings(self, models: Mapping[int, Iterable[Architecture]]) -> Iterator[Decoding]:
+        """What is decoded to measure the operators, each of which is in one of the models alone."""
         yield from reference_decodings(self.device, self.compile_unit)
-        for width, operators in missing.items():
-            for operator in operators:
-                architecture = self._architecture(width, [ANCHOR, operator])
+        for architecture in itertools.chain.from_iterable(models.values()):
+            if len(architecture.operators) == 1:
                 yield decoding(architecture, self.workload, self.device, self.compile_unit)
-
-    def _architecture(self, width: int, operators: Iterable[OperatorConfig]) -> Architecture:
-        return Architecture(
-            width=width,
-            vocab_size=self.vocab_size,
-            meta_tokens=self.meta_tokens,
-            normalize_logits=self.normalize_logits,
-            operators=tuple(operators),
-        )
 
 
 def row_name(operator: OperatorConfig | str, part: Part) -> str:

@@ -1,8 +1,8 @@
-"""In which models a latency table's operators are measured: each alone, and several mixed.
+"""In which models a latency table's operators are measured: each alone, and many together.
 
 What an operator costs depends on what is around it: whether its code is in the caches, whether the
 head's weights still are. Rows are to hold in models as they are searched for, so they are fitted to
-such: hybrids of different depths and proportions, in random order.
+such: hybrids of different depths, in which FFNs follow mixers in random order.
 """
 
 from __future__ import annotations
@@ -14,26 +14,33 @@ from typing import TypeVar
 
 import numpy as np
 
-# Of a mixture, in operators.
+# Of a hybrid, in operators.
 MIN_DEPTH, MAX_DEPTH = 3, 9
-# More models than there are costs to find, by so many.
-SPARE_MODELS = 2
+MAX_FFNS_PER_MIXER = 2
+# More hybrids than there are operators, by so many.
+SPARE_MODELS = 7
 DRAWS = 200
 
 Operator = TypeVar("Operator")
 
 
-def mixtures(operators: Sequence[Operator]) -> list[tuple[Operator, ...]]:
+def table_models(
+    mixers: Sequence[Operator], ffns: Sequence[Operator]
+) -> list[tuple[Operator, ...]]:
     """Models of these operators, from which all their costs can be found; always the same.
 
-    Each alone; and of many draws of as many mixtures and some more, those that tell the costs apart
+    Each alone; and of many draws of as many hybrids and some more, those that tell the costs apart
     best (D-optimal, errors being in proportion to depth).
     """
+    operators = list(dict.fromkeys([*mixers, *ffns]))
     alone = [(each,) for each in operators]
     rng = random.Random(0)
-    draws = [_mixed(operators, rng) for _ in range(DRAWS)]
+    draws = [
+        [_hybrid(mixers, ffns, rng) for _ in range(len(operators) + SPARE_MODELS)]
+        for _ in range(DRAWS)
+    ]
     return max(
-        ([*alone, *mixed] for mixed in draws), key=lambda each: _information(each, operators)
+        ([*alone, *hybrids] for hybrids in draws), key=lambda each: _information(each, operators)
     )
 
 
@@ -43,11 +50,15 @@ def costs_in(model: Sequence[Operator], operators: Sequence[Operator]) -> list[i
     return [1, len(counts), *(counts[each] for each in operators)]
 
 
-def _mixed(operators: Sequence[Operator], rng: random.Random) -> list[tuple[Operator, ...]]:
-    return [
-        tuple(rng.choices(operators, k=rng.randint(MIN_DEPTH, MAX_DEPTH)))
-        for _ in range(len(operators) + SPARE_MODELS)
-    ]
+def _hybrid(
+    mixers: Sequence[Operator], ffns: Sequence[Operator], rng: random.Random
+) -> tuple[Operator, ...]:
+    depth = rng.randint(MIN_DEPTH, MAX_DEPTH)
+    found: list[Operator] = []
+    while len(found) < depth:
+        found.append(rng.choice(mixers))
+        found += rng.choices(ffns, k=rng.randint(0, MAX_FFNS_PER_MIXER))
+    return tuple(found[:depth])
 
 
 def _information(models: Sequence[Sequence[Operator]], operators: Sequence[Operator]) -> float:
