@@ -46,8 +46,8 @@ class Placement:
 
 
 def whole_round_ms(first_token_ms: float, steps_ms: float, references: References) -> float:
-    """Roughly what a round of `measure_whole` takes: the first token twice, and the request."""
-    return 3 * first_token_ms + steps_ms + references.estimate_ms()
+    """Roughly what a round of `measure_whole` takes: four first tokens, one with all steps."""
+    return 4 * first_token_ms + steps_ms + references.estimate_ms()
 
 
 def sampled_round_ms(
@@ -112,18 +112,14 @@ def is_narrow(times: Sequence[Placement], max_interval_percent: float) -> bool:
 
 
 def measure_whole(request: Request, references: References, protocol: Protocol) -> Placement:
-    """Whole requests; they, and their ratio to the references, are asked to converge.
-
-    Before its first token is timed the request gives it once: else it would find the caches as the
-    references left them.
-    """
+    """Whole requests; they, and their ratio to the references, are asked to converge."""
     steps = request.workload.new_tokens - 1
     footprint = footprint_bytes(request.architecture, request.workload)
     timing = measure_interleaved(
         references.functions | {"ttft": request.first_tokens, "request": request.run},
         request.device,
         protocol,
-        prepare=references.prepare | {"ttft": request.first_tokens},
+        prepare=references.prepare | dict.fromkeys(("ttft", "request"), request.warm_up),
         derive=lambda samples: {
             "request": samples["request"],
             "ratio": samples["request"] / reference_time(samples, footprint),
