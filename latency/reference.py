@@ -119,8 +119,8 @@ class References:
     """The reference requests on a device, to be run beside what is measured.
 
     What ran before must not show in their times: each runs twice, and the second time counts. Else
-    the large one would be the slower the more runs in a round and the more neighbours want of the
-    cache behind the core's own: 7.6 to 13 ms on a Xeon, where the second time is 8 to 9.
+    the large one is the slower the more runs in a round and the more neighbours want of the cache
+    that cores share: 10 to 13 ms in a busy hour of a Xeon, and 8 to 9 the second time.
     """
 
     def __init__(self, device: Device, compile_unit: CompileUnit = "eager") -> None:

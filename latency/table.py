@@ -23,7 +23,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from latency.grid import (
     representative,
 )
 from latency.lock import device_lock
+from latency.memory import available_bytes
 from latency.placement import interleaved_round_ms, num_placements, share_of
 from latency.profile import profile_in_turn
 from latency.reference import (
@@ -75,6 +76,9 @@ log = logging.getLogger(__name__)
 # first, one kind's own cost would be the base's. Cheap and possible at every width.
 ANCHOR = FFNConfig(ratio=1.0, multiple_of=1)
 BASE, KIND = "base", "kind"
+# Of what memory there is, for the models that are measured together; one placement of them lies in
+# memory while the next is made.
+MEMORY_SHARE = 0.4
 
 Row = tuple[OperatorConfig, int]  # operator, width
 Timed = tuple[Architecture, Part]
@@ -291,8 +295,8 @@ class LatencyTable:
     def _models(
         self,
         width: int,
-        missing: Iterable[OperatorConfig],
-        asked: Iterable[OperatorConfig],
+        missing: Collection[OperatorConfig],
+        asked: Collection[OperatorConfig],
     ) -> list[Architecture]:
         """In which what is missing is measured: mixers with other FFNs if no FFN is, and so on."""
 
@@ -303,16 +307,29 @@ class LatencyTable:
             )
             return new or every or [ANCHOR]
 
-        return [
-            Architecture(
+        def architecture(operators: tuple[OperatorConfig, ...]) -> Architecture:
+            return Architecture(
                 width=width,
                 vocab_size=self.vocab_size,
                 meta_tokens=self.meta_tokens,
                 normalize_logits=self.normalize_logits,
                 operators=operators,
             )
-            for operators in table_models(choose(are_ffns=False), choose(are_ffns=True))
-        ]
+
+        usable_bytes = MEMORY_SHARE * available_bytes(self.device)
+
+        def fits(models: list[tuple[OperatorConfig, ...]]) -> bool:
+            return sum(self._bytes(architecture(each)) for each in models) <= usable_bytes
+
+        chosen = table_models(choose(are_ffns=False), choose(are_ffns=True), fits)
+        return [architecture(each) for each in chosen]
+
+    def _bytes(self, architecture: Architecture) -> int:
+        """Of its weights, and of its state at the end of a request."""
+        itemsize = self.workload.torch_dtype.itemsize
+        context = architecture.meta_tokens + self.workload.max_tokens
+        state_bytes = architecture.state_bytes(context, itemsize)
+        return itemsize * architecture.parameters() + self.workload.batch_size * state_bytes
 
     def _measure(self, models: list[Architecture], protocol: Protocol) -> dict[str, Measurement]:
         """The rows that are missing at one width, fitted to models that are timed in turn."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -17,37 +17,50 @@ import numpy as np
 # Of a hybrid, in operators.
 MIN_DEPTH, MAX_DEPTH = 3, 9
 MAX_FFNS_PER_MIXER = 2
-# More hybrids than there are operators, by so many.
+# More hybrids than there are operators, by so many, if there is memory; so few suffice to tell the
+# rest of a model from what each kind of operator adds.
 SPARE_MODELS = 7
+MIN_HYBRIDS = 3
 DRAWS = 200
 
 Operator = TypeVar("Operator")
 
 
 def table_models(
-    mixers: Sequence[Operator], ffns: Sequence[Operator]
+    mixers: Sequence[Operator],
+    ffns: Sequence[Operator],
+    fits: Callable[[list[tuple[Operator, ...]]], bool] = lambda models: True,
 ) -> list[tuple[Operator, ...]]:
     """Models of these operators, from which all their costs can be found; always the same.
 
     Each alone; and of many draws of as many hybrids and some more, those that tell the costs apart
-    best (D-optimal, errors being in proportion to depth).
+    best (D-optimal, errors being in proportion to depth). There are fewer hybrids if not all models
+    fit into memory at once: such large ones come from there at every step, whatever is beside.
     """
     operators = list(dict.fromkeys([*mixers, *ffns]))
-    alone = [(each,) for each in operators]
-    rng = random.Random(0)
-    draws = [
-        [_hybrid(mixers, ffns, rng) for _ in range(len(operators) + SPARE_MODELS)]
-        for _ in range(DRAWS)
-    ]
-    return max(
-        ([*alone, *hybrids] for hybrids in draws), key=lambda each: _information(each, operators)
-    )
+    for count in range(len(operators) + SPARE_MODELS, MIN_HYBRIDS, -1):
+        models = _best_models(mixers, ffns, count)
+        if fits(models):
+            return models
+    return _best_models(mixers, ffns, MIN_HYBRIDS)
 
 
 def costs_in(model: Sequence[Operator], operators: Sequence[Operator]) -> list[int]:
     """How often the costs are in a model: of its rest, of another kind, of each operator."""
     counts = Counter(model)
     return [1, len(counts), *(counts[each] for each in operators)]
+
+
+def _best_models(
+    mixers: Sequence[Operator], ffns: Sequence[Operator], num_hybrids: int
+) -> list[tuple[Operator, ...]]:
+    operators = list(dict.fromkeys([*mixers, *ffns]))
+    alone = [(each,) for each in operators]
+    rng = random.Random(0)
+    draws = [[_hybrid(mixers, ffns, rng) for _ in range(num_hybrids)] for _ in range(DRAWS)]
+    return max(
+        ([*alone, *hybrids] for hybrids in draws), key=lambda each: _information(each, operators)
+    )
 
 
 def _hybrid(

@@ -164,8 +164,10 @@ def test_a_measured_table_adds_up_and_is_read_back(build):
     assert build((ATTENTION, 16), (FFN, 16)).rows == built.rows
 
 
-def test_rows_are_the_costs_that_add_up_to_the_models_times(build, monkeypatch):
+@pytest.mark.parametrize("memory_bytes", [10**9, 1])
+def test_rows_are_the_costs_that_add_up_to_the_models_times(build, monkeypatch, memory_bytes):
     clock = AddingClock()
+    monkeypatch.setattr("latency.table.available_bytes", lambda device: memory_bytes)
     monkeypatch.setattr("latency.timer.clock_of", lambda device: clock)
     # What comes later is fitted to what is known.
     for operators in ([(FFN, 16)], [(FFN, 16), (ATTENTION, 16), (MAMBA2, 16)]):

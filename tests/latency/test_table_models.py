@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from latency.table_models import MAX_DEPTH, costs_in, table_models
+from latency.table_models import MAX_DEPTH, MIN_HYBRIDS, costs_in, table_models
 
 
 @pytest.mark.parametrize(("num_mixers", "num_ffns"), [(1, 1), (2, 1), (4, 1), (3, 3), (10, 2)])
@@ -30,6 +30,22 @@ def test_hybrids_are_as_models_are():
     assert len({len(each) for each in hybrids}) > 2
     assert all(re.fullmatch("(MF{0,2})+", each) for each in hybrids)
     assert all(any(part in each for each in hybrids) for part in ("MM", "MFM", "MFF"))
+
+
+def test_there_are_fewer_hybrids_if_not_all_fit_into_memory():
+    mixers, ffns = ["M", "A", "D"], ["F"]
+    everything = table_models(mixers, ffns)
+
+    def operators(models):
+        return sum(map(len, models))
+
+    smaller = table_models(mixers, ffns, lambda models: operators(models) <= 40)
+    assert operators(smaller) <= 40 < operators(everything)
+    assert 4 + MIN_HYBRIDS < len(smaller) < len(everything)
+    least = table_models(mixers, ffns, lambda models: False)
+    assert len(least) == 4 + MIN_HYBRIDS
+    design = np.array([costs_in(each, [*mixers, *ffns]) for each in least])
+    assert np.linalg.matrix_rank(design) == 2 + 4
 
 
 def test_a_cost_is_in_a_model_as_often_as_it_is_paid():
