@@ -120,6 +120,9 @@ def main(config: DictConfig) -> Profile:
             protocol=replace(protocol, compile_unit=_ROW_UNIT[protocol.compile_unit]),
             progress=console.print,
         )
+        assert table.reference_times is not None
+        # What it took when the model was measured, above.
+        table = table.slower(1 / measured.scale(table.reference_times))
         console.print(breakdown_table(table, architecture))
         record["breakdown"] = [
             {"name": name, "count": count, **row.to_dict()}

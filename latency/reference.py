@@ -110,6 +110,10 @@ class ReferenceTimes:
         """By what times that were measured beside other references are multiplied to hold here."""
         return request_per_reference * self.at(footprint_bytes) / request_ms
 
+    def slower(self, factor: float) -> ReferenceTimes:
+        """What they take where everything takes `factor` times as long."""
+        return ReferenceTimes({name: factor * ms for name, ms in self.ms.items()})
+
     def to_dict(self) -> dict[str, float]:
         """JSON-able."""
         return dict(self.ms)

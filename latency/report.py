@@ -52,7 +52,8 @@ def breakdown_table(latency_table: LatencyTable, architecture: Architecture) -> 
     predicted = latency_table.predict(architecture)
     table = Table(
         title=f"from the latency table, compiled: {latency_table.compile_unit}",
-        caption="base: what no operator adds; kind: what each kind of operator adds once",
+        caption="base: what no operator adds; kind: what each kind of operator adds once; "
+        "all at the machine speed of the model above",
     )
     for column in ("", "count", "each, ms", "95 % interval", "together, ms", "share"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")

@@ -237,6 +237,18 @@ class LatencyTable:
         total = weighted_sum((count, row) for _, count, row in self.terms(architecture))
         return Prediction(total.median_ms, total.low_ms, total.high_ms)
 
+    def slower(self, factor: float) -> LatencyTable:
+        """What it is while the machine takes `factor` times as long for everything."""
+        assert self.reference_times is not None
+        return replace(
+            self,
+            rows={
+                width: {name: weighted_sum([(factor, row)]) for name, row in rows.items()}
+                for width, rows in self.rows.items()
+            },
+            reference_times=self.reference_times.slower(factor),
+        )
+
     def validate(
         self,
         architectures: Iterable[Architecture],

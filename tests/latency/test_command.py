@@ -3,6 +3,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from latency.reference import ReferenceTimes
+
 TINY = ["model.width=32", "vocab_size=64", "workload.prompt_tokens=4", "workload.new_tokens=4"]
 QUICK = [
     *("protocol.max_seconds=0.001", "protocol.warmup_rounds=1", "protocol.max_rounds=6"),
@@ -27,6 +31,16 @@ def test_it_prints_and_writes_what_it_measured(tmp_path):
     assert request["low_ms"] <= request["median_ms"] <= request["high_ms"]
     parts = sum(part["count"] * part["median_ms"] for part in record["breakdown"])
     assert abs(parts - predicted["request_ms"]) < 1e-9
+    # The table's rows at the speed that the machine had for the whole model.
+    (path,) = (tmp_path / "cache/latency").glob("*/b1-*.json")
+    table = json.loads(path.read_text())
+    times = ReferenceTimes.from_dict(table["reference_times"])
+    speed = record["request_per_reference"] * times.at(record["footprint_bytes"])
+    rows = {name: row["median_ms"] for name, row in table["rows"]["32"].items()}
+    base_ms = rows["base, prompt 4"] + 2 * rows["base, context 64"]
+    assert record["breakdown"][0]["name"] == "base"
+    expected_ms = base_ms * request["median_ms"] / speed
+    assert record["breakdown"][0]["median_ms"] == pytest.approx(expected_ms)
     assert f"{request['median_ms']:.3f}" in done.stdout
     assert "time per output token" in done.stdout
     assert list((tmp_path / "cache/latency").rglob("*.json"))

@@ -151,6 +151,13 @@ def test_a_model_that_the_table_does_not_know_is_refused(table, text, message):
         table.predict(Architecture.parse(text))
 
 
+def test_all_of_a_table_is_as_much_slower(table):
+    architecture = Architecture.parse("width=16 vocab_size=32 | attention(head_dim=8) ffn")
+    before, after = (each.predict(architecture) for each in (table, table.slower(3.0)))
+    assert vars(after) == pytest.approx({name: 3 * ms for name, ms in vars(before).items()})
+    assert table.slower(3.0).reference_times.ms == dict.fromkeys(REQUESTS, 30.0)
+
+
 def test_a_measured_table_adds_up_and_is_read_back(build):
     built = build((ATTENTION, 16), (FFN, 16))
     assert set(built.rows[16]) == REST | names(ATTENTION, FFN)
