@@ -35,7 +35,8 @@ SMALL, LARGE = "small reference", "large reference"
 
 # Half the 95 % interval of what moves all models alike, as multiples of the references, from one
 # process to another: neither rounds nor placements of one process show it. Ten models measured
-# again half an hour later (benchmarks/repeatability.py) had moved by 1.1 % on average.
+# again half an hour later (benchmarks/repeatability.py) had moved by 1.1 % on average while the
+# machine's speed had changed by 3 to 9 %; by 5.9 % once while it had changed by 8 to 29 %.
 BETWEEN_RUNS_PERCENT = 1.5
 
 # The same everywhere. A step of the small one reads what a core's own caches hold, of the large one
