@@ -152,19 +152,20 @@ class LatencyTable:
         with device_lock(name=device.lock_name):
             # Another process may have measured them while this one waited for the device.
             table = read_table(path, table.parse) or table
+            missing = table.missing(wanted)
             models = {
-                width: table._models(width, missing, [each for each, at in wanted if at == width])
-                for width, missing in table.missing(wanted).items()
+                width: table._models(width, new, [each for each, at in wanted if at == width])
+                for width, new in missing.items()
             }
             compile_ahead(table._decodings(models), progress)
             table.reference_times = table.reference_times or measure_references(device, protocol)
-            for width, missing in table.missing(wanted).items():
+            for width, new in missing.items():
                 meter = CpuMeter()
                 if progress:
-                    progress(f"latency of {len(missing)} operators at width {width}")
-                seconds = protocol.max_seconds * (1 + len(missing))
-                share = replace(protocol, max_seconds=seconds)
-                rows = table._measure(models[width], share)
+                    progress(f"latency of {len(new)} operators at width {width}")
+                # The rest of a model is measured as well.
+                seconds = protocol.max_seconds * (1 + len(new))
+                rows = table._measure(models[width], replace(protocol, max_seconds=seconds))
                 if not all(row.quiet for row in rows.values()):
                     busy = meter.others_busy()
                     log.warning("%s: width %d: other work kept %.1f CPUs busy", path, width, busy)
@@ -310,7 +311,11 @@ class LatencyTable:
         missing: Collection[OperatorConfig],
         asked: Collection[OperatorConfig],
     ) -> list[Architecture]:
-        """In which what is missing is measured: mixers with other FFNs if no FFN is, and so on."""
+        """Those that are measured: of what is missing, beside what else is asked about.
+
+        Mixers that are missing stand with FFNs that are, or with all that are asked about if none
+        is missing, or with ANCHOR if there are none; and FFNs with mixers.
+        """
 
         def choose(are_ffns: bool) -> list[OperatorConfig]:
             new, every = (

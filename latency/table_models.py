@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -24,13 +24,14 @@ MIN_HYBRIDS = 3
 DRAWS = 200
 
 Operator = TypeVar("Operator")
+Models: TypeAlias = list[tuple[Operator, ...]]
 
 
 def table_models(
     mixers: Sequence[Operator],
     ffns: Sequence[Operator],
-    fits: Callable[[list[tuple[Operator, ...]]], bool] = lambda models: True,
-) -> list[tuple[Operator, ...]]:
+    fits: Callable[[Models[Operator]], bool] = lambda models: True,
+) -> Models[Operator]:
     """Models of these operators, from which all their costs can be found; always the same.
 
     Each alone; and of many draws of as many hybrids and some more, those that tell the costs apart
@@ -38,29 +39,23 @@ def table_models(
     fit into memory at once: such large ones come from there at every step, whatever is beside.
     """
     operators = list(dict.fromkeys([*mixers, *ffns]))
-    for count in range(len(operators) + SPARE_MODELS, MIN_HYBRIDS, -1):
-        models = _best_models(mixers, ffns, count)
-        if fits(models):
+    count = len(operators) + SPARE_MODELS
+    while True:
+        rng = random.Random(0)
+        draws = [[_hybrid(mixers, ffns, rng) for _ in range(count)] for _ in range(DRAWS)]
+        models = max(
+            ([*((each,) for each in operators), *hybrids] for hybrids in draws),
+            key=lambda each: _information(each, operators),
+        )
+        if fits(models) or count == MIN_HYBRIDS:
             return models
-    return _best_models(mixers, ffns, MIN_HYBRIDS)
+        count -= 1
 
 
 def costs_in(model: Sequence[Operator], operators: Sequence[Operator]) -> list[int]:
     """How often the costs are in a model: of its rest, of another kind, of each operator."""
     counts = Counter(model)
     return [1, len(counts), *(counts[each] for each in operators)]
-
-
-def _best_models(
-    mixers: Sequence[Operator], ffns: Sequence[Operator], num_hybrids: int
-) -> list[tuple[Operator, ...]]:
-    operators = list(dict.fromkeys([*mixers, *ffns]))
-    alone = [(each,) for each in operators]
-    rng = random.Random(0)
-    draws = [[_hybrid(mixers, ffns, rng) for _ in range(num_hybrids)] for _ in range(DRAWS)]
-    return max(
-        ([*alone, *hybrids] for hybrids in draws), key=lambda each: _information(each, operators)
-    )
 
 
 def _hybrid(
