@@ -21,9 +21,13 @@ from slm.kernels.backend import Backend, current_backend
 from slm.sources import kernel_hash
 
 # Raise when the protocol changes in a way that makes old figures incomparable.
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 SOURCES = Path(slm.__file__).parent
+
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Where the system does not say: what most servers' cores have.
+USUAL_CACHE_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Device:
     kind: 'cpu' or 'cuda'.
     model: of the GPU or the CPU; limit: the GPU's power limit or the CPU's thread count.
     driver: the GPU's driver, or the CPU's instruction set that torch uses.
+    cache_bytes: of the second cache, which is a core's own on most CPUs and all of a GPU's.
     torch_version, triton_version, fla_version: None when not installed.
     kernel_hash: of the sources that decoding runs.
     backend: which kernels were asked for.
@@ -44,6 +49,7 @@ class Device:
     model: str
     limit: str
     driver: str
+    cache_bytes: int
     torch_version: str
     triton_version: str | None
     fla_version: str | None
@@ -120,11 +126,12 @@ class Device:
         return {"key": self.key, **asdict(self)}
 
 
-def _cpu(threads: int) -> dict[str, str]:
+def _cpu(threads: int) -> dict[str, Any]:
     return {
         "model": _cpu_model(),
         "limit": f"{threads} thread{'s' if threads > 1 else ''}",
         "driver": torch.backends.cpu.get_cpu_capability(),
+        "cache_bytes": _cpu_cache_bytes(),
         "uuid": platform.node(),
     }
 
@@ -140,7 +147,15 @@ def _cpu_model() -> str:
     return f"{found['model name']} {found.get('cpu family', '')}.{found.get('model', '')}"
 
 
-def _gpu() -> dict[str, str]:
+def _cpu_cache_bytes() -> int:
+    for level in CPU_CACHES.glob("index*/level"):
+        if level.read_text().strip() == "2":
+            size = level.with_name("size").read_text().strip()
+            return int(size.removesuffix("K")) * 2**10
+    return USUAL_CACHE_BYTES
+
+
+def _gpu() -> dict[str, Any]:
     """The current GPU, asked through NVML by its UUID, whatever CUDA_VISIBLE_DEVICES says."""
     import pynvml
 
@@ -156,7 +171,13 @@ def _gpu() -> dict[str, str]:
         driver = pynvml.nvmlSystemGetDriverVersion()
     finally:
         pynvml.nvmlShutdown()
-    return {"model": properties.name, "limit": limit, "driver": str(driver), "uuid": uuid}
+    return {
+        "model": properties.name,
+        "limit": limit,
+        "driver": str(driver),
+        "cache_bytes": properties.L2_cache_size,
+        "uuid": uuid,
+    }
 
 
 def _version(package: str) -> str | None:

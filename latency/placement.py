@@ -115,6 +115,7 @@ def measure_whole(request: Request, references: References, protocol: Protocol) 
     """Whole requests; they, and their ratio to the references, are asked to converge."""
     steps = request.workload.new_tokens - 1
     footprint = footprint_bytes(request.architecture, request.workload)
+    cache_bytes = request.device.cache_bytes
     timing = measure_interleaved(
         references.functions | {"ttft": request.first_tokens, "request": request.run},
         request.device,
@@ -122,7 +123,7 @@ def measure_whole(request: Request, references: References, protocol: Protocol) 
         prepare=references.prepare | dict.fromkeys(("ttft", "request"), request.warm_up),
         derive=lambda samples: {
             "request": samples["request"],
-            "ratio": samples["request"] / reference_time(samples, footprint),
+            "ratio": samples["request"] / reference_time(samples, footprint, cache_bytes),
         },
     )
     samples = timing.samples
@@ -150,7 +151,7 @@ def measure_sampled(request: Request, references: References, protocol: Protocol
     ratios: list[tuple[float, Measurement]] = []
 
     def wanted(samples: Samples) -> Samples:
-        reference = reference_time(samples, footprint)
+        reference = reference_time(samples, footprint, request.device.cache_bytes)
         return {"phase": samples["phase"], "ratio": samples["phase"] / reference}
 
     for phase in phases:

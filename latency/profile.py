@@ -271,7 +271,7 @@ class _Profiling:
             for name in REQUESTS
         }
         footprint = footprint_bytes(architecture, workload)
-        reference_samples = reference_time(samples, footprint)
+        reference_samples = reference_time(samples, footprint, self.device.cache_bytes)
         context = architecture.meta_tokens + workload.max_tokens
         state_bytes = architecture.state_bytes(context, workload.torch_dtype.itemsize)
         timings = [timing for each in self.placements for timing in each.timings]
@@ -283,7 +283,7 @@ class _Profiling:
             request_ms=request_ms,
             ttft_ms=ttft_ms,
             tpot_ms=tpot_ms,
-            reference_times=ReferenceTimes.from_samples(samples),
+            reference_times=ReferenceTimes.from_samples(samples, self.device.cache_bytes),
             reference_ms=Measurement.from_samples(reference_samples, percent, request_ms.quiet),
             footprint_bytes=footprint,
             drift_percent=drift_percent(reference_samples),

@@ -2,21 +2,26 @@
 
 A shared machine is not equally fast from minute to minute, and not for all alike: a model that the
 core's own caches hold feels the clock, a larger one what neighbours do to the caches behind, too.
-So two requests run in every round, one far smaller and one far larger than those caches. Between
-their times, over the bytes that a step of each reads, goes a straight line, both scales being
-logarithmic; where it is at a model's own bytes is the time that the model's is a multiple of.
+So two requests run in every round, one far smaller and one far larger than those caches. A model's
+time is a multiple of the small one's if a core's own cache holds what its step reads, of the large
+one's if that is clearly more than the cache, and of what lies between both on the way from the one
+to the other.
 
-None in between: a model that just fills a cache is in it or is not, by where its pages lie. On a
-Xeon, such a request's time as a multiple of those of ten models varied by 8 % from process to
-process, that of the large one by 3 %, and between small and large by 1.3 %.
+On a Xeon (cache of 2 MiB) twelve models of 1.1 to 6.6 MB and both references ran in turn for 35
+minutes, in which the small one's time varied by 50 % and the large one's by 25. As multiples of
+this, the models' medians of 100 rounds varied by 1.6 % (standard deviation), of a line from the
+small one's bytes to the large one's by 2.2, of the large one alone by 2.5, of the small one by 6.1.
+
+No reference in between: a model that just fills a cache is in it or is not, by where its pages lie.
+Such a request's time as a multiple of those of ten models varied by 8 % from process to process,
+that of the large one by 3 %.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +29,6 @@ import numpy as np
 from latency.device import Device
 from latency.lock import device_lock
 from latency.request import Request, decoding
-from latency.roofline import footprint_bytes
 from latency.timer import Protocol, measure_interleaved, time_call
 from latency.workload import Workload
 from slm.architecture import Architecture
@@ -33,10 +37,14 @@ from slm.decoding_step import CompileUnit
 
 SMALL, LARGE = "small reference", "large reference"
 
+# What a step reads, as a share of the device's `cache_bytes`: up to the first it feels what the small
+# one feels, from the second on what the large one does.
+KNEE = (0.4, 1.5)
+
 # Half the 95 % interval of what moves all models alike, as multiples of the references, from one
 # process to another: neither rounds nor placements of one process show it. Ten models measured
 # again half an hour later (benchmarks/repeatability.py) had moved by 1.1 % on average while the
-# machine's speed had changed by 3 to 9 %; by 5.9 % once while it had changed by 8 to 29 %.
+# machine's speed had changed by 3 to 9 %.
 BETWEEN_RUNS_PERCENT = 1.5
 
 # The same everywhere. A step of the small one reads what a core's own caches hold, of the large one
@@ -53,57 +61,47 @@ REQUESTS = {
 }
 
 
-def reference_time(samples: Mapping[str, np.ndarray], footprint_bytes: float) -> np.ndarray:
+def reference_time(
+    samples: Mapping[str, np.ndarray], footprint_bytes: float, cache_bytes: int
+) -> np.ndarray:
     """What a reference of such a footprint would take, in each round of the references' samples.
 
-    Below the small one's footprint as there, above the large one's as there.
+    cache_bytes: of the device, see `latency.device.Device`.
     """
-    logs = [
-        weight * np.log(samples[name])
-        for name, weight in zip(REQUESTS, _weights(footprint_bytes), strict=True)
-    ]
-    time: np.ndarray = np.exp(np.sum(logs, axis=0))
+    low, high = (math.log(share * cache_bytes) for share in KNEE)
+    large = np.clip((math.log(footprint_bytes) - low) / (high - low), 0.0, 1.0)
+    time: np.ndarray = samples[SMALL] ** (1 - large) * samples[LARGE] ** large
     return time
-
-
-def _weights(footprint_bytes: float) -> np.ndarray:
-    """Of the references' logarithmic times in the line between them."""
-    small, large = _places()
-    share = np.clip((math.log(footprint_bytes) - small) / (large - small), 0.0, 1.0)
-    return np.array([1.0 - share, share])
-
-
-@cache
-def _places() -> np.ndarray:
-    """Logarithms of the references' footprints."""
-    return np.log([footprint_bytes(*request) for request in REQUESTS.values()])
 
 
 @dataclass(frozen=True)
 class ReferenceTimes:
-    """What the references take at one machine speed, in ms by name."""
+    """What the references take at one machine speed, in ms by name; and the device's cache."""
 
     ms: dict[str, float]
+    cache_bytes: int
 
     @classmethod
-    def from_samples(cls, samples: Mapping[str, np.ndarray]) -> ReferenceTimes:
+    def from_samples(cls, samples: Mapping[str, np.ndarray], cache_bytes: int) -> ReferenceTimes:
         """Their medians."""
-        return cls({name: float(np.median(samples[name])) for name in REQUESTS})
+        return cls({name: float(np.median(samples[name])) for name in REQUESTS}, cache_bytes)
 
     @classmethod
     def from_dict(cls, values: Any) -> ReferenceTimes:
         """What `to_dict` gave. Raises ValueError if it is not that."""
-        if not isinstance(values, dict) or set(values) != set(REQUESTS):
-            raise ValueError(f"reference_times: expected {list(REQUESTS)}, got {values!r}")
-        for name, ms in values.items():
-            if not isinstance(ms, float) or not 0 < ms < math.inf:
-                raise ValueError(f"reference_times.{name}: must be > 0, got {ms!r}")
-        return cls(values)
+        names = [*REQUESTS, "cache_bytes"]
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise ValueError(f"reference_times: expected {names}, got {values!r}")
+        for name, value in values.items():
+            kind = int if name == "cache_bytes" else float
+            if type(value) is not kind or not 0 < value < math.inf:
+                raise ValueError(f"reference_times.{name}: must be > 0, got {value!r}")
+        return cls({name: values[name] for name in REQUESTS}, values["cache_bytes"])
 
     def at(self, footprint_bytes: float) -> float:
         """What a reference of such a footprint would take."""
         samples = {name: np.array(ms) for name, ms in self.ms.items()}
-        return float(reference_time(samples, footprint_bytes))
+        return float(reference_time(samples, footprint_bytes, self.cache_bytes))
 
     def scale(
         self, request_ms: float, request_per_reference: float, footprint_bytes: float
@@ -113,11 +111,11 @@ class ReferenceTimes:
 
     def slower(self, factor: float) -> ReferenceTimes:
         """What they take where everything takes `factor` times as long."""
-        return ReferenceTimes({name: factor * ms for name, ms in self.ms.items()})
+        return replace(self, ms={name: factor * ms for name, ms in self.ms.items()})
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able."""
-        return dict(self.ms)
+        return self.ms | {"cache_bytes": self.cache_bytes}
 
 
 class References:
@@ -152,7 +150,7 @@ def measure_references(device: Device, protocol: Protocol) -> ReferenceTimes:
         timing = measure_interleaved(
             references.functions, device, protocol, prepare=references.prepare
         )
-    return ReferenceTimes.from_samples(timing.samples)
+    return ReferenceTimes.from_samples(timing.samples, device.cache_bytes)
 
 
 def reference_decodings(device: Device, compile_unit: CompileUnit) -> list[Decoding]:

@@ -376,7 +376,7 @@ class LatencyTable:
                     samples[_timed_name(model, part)]
                     / part.burst
                     * self.reference_times.at(footprint)
-                    / reference_time(samples, footprint)
+                    / reference_time(samples, footprint, self.device.cache_bytes)
                     for (model, part), footprint in zip(timed, footprints, strict=True)
                 ]
             )  # [timed, rounds]

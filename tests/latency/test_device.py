@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latency.device import Device
+import latency.device
+from latency.device import USUAL_CACHE_BYTES, Device
 
 
 def test_key_changes_with_the_thread_count():
@@ -19,6 +20,7 @@ def test_key_changes_with_the_thread_count():
         "model",
         "limit",
         "driver",
+        "cache_bytes",
         "torch_version",
         "triton_version",
         "fla_version",
@@ -33,6 +35,18 @@ def test_key_changes_with_each_part_of_the_identity(device, field):
 @pytest.mark.parametrize("field", ["uuid", "date", "commit"])
 def test_key_does_not_depend_on_what_is_only_recorded(device, field):
     assert replace(device, **{field: "other"}).key == device.key
+
+
+def test_the_second_cache_is_found_among_what_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(latency.device, "CPU_CACHES", tmp_path)
+    assert Device.current(kind="cpu").cache_bytes == USUAL_CACHE_BYTES
+    caches = [("1", "48K"), ("1", "64K"), ("3", "491520K"), ("2", "512K")]
+    for number, (level, size) in enumerate(caches):
+        folder = tmp_path / f"index{number}"
+        folder.mkdir()
+        (folder / "level").write_text(f"{level}\n")
+        (folder / "size").write_text(f"{size}\n")
+    assert Device.current(kind="cpu").cache_bytes == 512 * 1024
 
 
 def test_key_is_safe_in_file_names(device):

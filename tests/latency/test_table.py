@@ -35,7 +35,7 @@ def row(median: float, error: float = 0.0) -> Measurement:
     )
 
 
-TIMES = ReferenceTimes(dict.fromkeys(REQUESTS, 10.0))
+TIMES = ReferenceTimes(dict.fromkeys(REQUESTS, 10.0), cache_bytes=2**20)
 PROMPT, CONTEXT = Part("prompt", 4), Part("context", 64)
 # The workload's: one prompt and the step after it, three others, all within the first context.
 STEPS = 3
