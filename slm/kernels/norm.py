@@ -23,7 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and x.device.type == "cpu":
         # On a CPU torch composes it of elementary steps, each differentiated by itself.
         return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    # torch's fused kernels want one dtype; it composes the norm of steps for two.
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -31,6 +31,24 @@ def test_gradients_in_double_precision() -> None:
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 0.3), (x, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["w32", "w16"])
+@torch.no_grad()
+def test_dtypes_may_differ(
+    dtype: torch.dtype, weight_dtype: torch.dtype, recwarn: pytest.WarningsRecorder
+) -> None:
+    """By torch's fused kernel: it warns where that cannot be."""
+    x, weight = torch.randn(2, 3, 32).to(dtype), torch.randn(32).to(weight_dtype)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    y = rms_norm(x, weight, 1e-5)
+    torch.set_warn_always(before)
+    assert not recwarn.list
+    assert y.dtype == dtype
+    expected = F.rms_norm(x.double(), (32,), weight.double(), 1e-5)
+    assert relative_rms(y, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_without_gradients_it_is_the_same() -> None:
     x, weight = torch.randn(2, 3, 32), torch.randn(32)
     with torch.no_grad():
