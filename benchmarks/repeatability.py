@@ -66,6 +66,9 @@ def main() -> None:
         "agree": sum(agree(a["ratio"], b["ratio"]) for a, b in pairs),
     }
     figures = {
+        "agree_at_any_width": sum(
+            agree(a["ratio"], b["ratio"], widest_percent=math.inf) for a, b in pairs
+        ),
         "agree_by_the_clock": sum(agree(a["request_ms"], b["request_ms"]) for a, b in pairs),
         "widest_interval_percent": max(half_width_percent(x["ratio"]) for x in first + second),
         "largest_difference_percent": max(
@@ -135,10 +138,10 @@ def measure(texts: list[str], threads: int, seconds: float) -> list[Record]:
     return found
 
 
-def agree(a: list[float], b: list[float]) -> bool:
+def agree(a: list[float], b: list[float], widest_percent: float = WIDEST_PERCENT) -> bool:
     """Whether two measurements [low, median, high] are of the same: see the top."""
     halves = half_width_percent(a), half_width_percent(b)
-    return max(halves) <= WIDEST_PERCENT and abs(difference_percent(a, b)) <= math.hypot(*halves)
+    return max(halves) <= widest_percent and abs(difference_percent(a, b)) <= math.hypot(*halves)
 
 
 def difference_percent(a: list[float], b: list[float]) -> float:
