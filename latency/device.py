@@ -21,7 +21,7 @@ from slm.kernels.backend import Backend, current_backend
 from slm.sources import kernel_hash
 
 # Raise when the protocol changes in a way that makes old figures incomparable.
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 SOURCES = Path(slm.__file__).parent
 

@@ -45,18 +45,18 @@ KNEE = (0.4, 1.5)
 # process to another: neither rounds nor placements of one process show it. Ten models measured
 # again half an hour later (benchmarks/repeatability.py) had moved by 1.1, 1.9 and 3.0 % on average
 # in three pairs of runs, on a machine that others share: a standard deviation of 1.5 % for a run.
-BETWEEN_RUNS_PERCENT = 3.0
+BETWEEN_RUNS_PERCENT = 2.0
 
 # The same everywhere. A step of the small one reads what a core's own caches hold, of the large one
-# several times as much.
+# several times as much. Almost all of both is decoding steps, as of the requests beside them.
 REQUESTS = {
     SMALL: (
         Architecture.parse("width=64 vocab_size=256 | attention(head_dim=32) ffn"),
-        Workload(prompt_tokens=16, new_tokens=32),
+        Workload(prompt_tokens=1, new_tokens=48),
     ),
     LARGE: (
-        Architecture.parse("width=256 vocab_size=8192 | attention(head_dim=32) ffn"),
-        Workload(prompt_tokens=1, new_tokens=9),
+        Architecture.parse("width=128 vocab_size=4096 | " + 3 * "attention(head_dim=32) ffn "),
+        Workload(prompt_tokens=1, new_tokens=32),
     ),
 }
 
@@ -121,9 +121,7 @@ class ReferenceTimes:
 class References:
     """The reference requests on a device, to be run beside what is measured.
 
-    What ran before must not show in their times: each runs twice, and the second time counts. Else
-    the large one is the slower the more runs in a round and the more neighbours want of the cache
-    that cores share: 10 to 13 ms in a busy hour of a Xeon, and 8 to 9 the second time.
+    They are warmed up as that is: what ran before must not show in their times.
     """
 
     def __init__(self, device: Device, compile_unit: CompileUnit = "eager") -> None:
@@ -133,14 +131,17 @@ class References:
         self.functions: dict[str, Callable[[], object]] = {
             name: request.run for name, request in requests.items()
         }
-        self.prepare = dict(self.functions)
+        self.prepare: dict[str, Callable[[], object]] = {
+            name: request.warm_up for name, request in requests.items()
+        }
         self._device = device
 
     def estimate_ms(self) -> float:
         """Roughly what they take in a round."""
-        for run in self.functions.values():
-            run()
-        return sum(2 * time_call(run, self._device).ms for run in self.functions.values())
+        for prepare in self.prepare.values():
+            prepare()
+        functions = [*self.prepare.values(), *self.functions.values()]
+        return sum(time_call(function, self._device).ms for function in functions)
 
 
 def measure_references(device: Device, protocol: Protocol) -> ReferenceTimes:

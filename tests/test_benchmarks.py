@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from programs import run_program
 
 from latency.device import Device
 from latency.timer import Measurement
@@ -17,13 +15,8 @@ from latency.timer import Measurement
 
 def run(root: Path, name: str, *arguments: str) -> dict[str, Any]:
     """What a benchmark's last line holds."""
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", "--threads", "1", *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+    arguments = (f"benchmarks/{name}.py", "--threads", "1", *arguments)
+    done = run_program(*arguments, folder=root, environment={"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["benchmark"] == name

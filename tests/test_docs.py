@@ -2,13 +2,11 @@
 
 import itertools
 import json
-import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import torch
 from numerics import relative_rms
 from omegaconf import open_dict
 from pages import page_blocks, page_commands
+from programs import run_program
 from torch import Tensor
 
 from search.config import read_config
@@ -220,17 +219,9 @@ def run_page(root: Path, page: Path, folder: Path, *added: str) -> list[tuple[st
 
 
 def run(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-        # A lock of its own: the command does not wait for what else runs on this machine.
-        "TMPDIR": str(folder),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    # A lock of its own: the command does not wait for what else runs on this machine.
+    environment = {"PYTHONPATH": str(root), "TMPDIR": str(folder)}
+    return run_program(*arguments, folder=folder, environment=environment)
 
 
 def test_the_operator_study_gives_what_its_page_says(
@@ -408,7 +399,8 @@ def test_exports_are_what_their_page_says(root: Path, tmp_path: Path) -> None:
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["model_type"] == kind
     shown = "\n".join([*page_blocks(page, "python"), "print(type(model).__module__)"])
-    done = run(root, tmp_path, "-c", shown)
+    (tmp_path / "shown.py").write_text(shown)
+    done = run(root, tmp_path, "shown.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "slm.hub.modeling"
 

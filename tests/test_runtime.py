@@ -1,8 +1,6 @@
 """`plugins` and `backend`, in every program and in the search's worker processes."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from programs import run_program
 
 from latency.__main__ import check as check_latency
 from latency.device import Device
@@ -83,13 +82,8 @@ def test_a_mistake_in_a_plugin_is_all_that_is_said(file: Path) -> None:
 def test_programs_refuse_before_they_write(root: Path, tmp_path: Path, program: str) -> None:
     start = [str(root / program)] if program == "train.py" else ["-m", program]
     more = ["checkpoint=."] if program == "slm.generate" else []
-    done = subprocess.run(
-        [sys.executable, *start, "plugins=[nowhere.py]", *more],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+    arguments = [*start, "plugins=[nowhere.py]", *more]
+    done = run_program(*arguments, folder=tmp_path, environment={"PYTHONPATH": str(root)})
     assert done.returncode == 2
     assert done.stderr == "error: plugins: 'nowhere.py': no such file\n"
     assert list(tmp_path.iterdir()) == []

@@ -3,15 +3,14 @@
 import csv
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from programs import run_program
 
 from slm.architecture import Architecture
 from slm.config import CONFIG_DIR, ConfigError, compose, read
@@ -208,13 +207,7 @@ def test_a_missing_first_stage_is_named() -> None:
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return run_program(ROOT / "train.py", *arguments, folder=folder)
 
 
 def test_a_typo_costs_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from programs import run_program
 
 from latency.reference import ReferenceTimes
 
@@ -16,9 +14,9 @@ QUICK = [
 
 def run(folder, *overrides):
     # A lock of its own: the command does not wait for what else runs on this machine.
-    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "latency", "device=cpu", *TINY, *QUICK, *overrides]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    environment = {"TMPDIR": str(folder), "COLUMNS": "120"}
+    arguments = ["-m", "latency", "device=cpu", *TINY, *QUICK, *overrides]
+    return run_program(*arguments, folder=folder, environment=environment)
 
 
 def test_it_prints_and_writes_what_it_measured(tmp_path):

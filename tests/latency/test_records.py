@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -14,9 +15,14 @@ def records(device, tmp_path) -> Records:
     return Records(tmp_path / "cache", device)
 
 
+@pytest.fixture(scope="module")
+def measured(module_device, workload, architecture, protocol) -> dict:
+    return profile(architecture, workload, module_device, protocol).to_dict()
+
+
 @pytest.fixture
-def record(device, workload, architecture, protocol) -> dict:
-    return profile(architecture, workload, device, protocol).to_dict()
+def record(measured) -> dict:
+    return copy.deepcopy(measured)
 
 
 def test_a_record_is_read_back_as_it_was_written(records, record, architecture, workload):

@@ -1,11 +1,8 @@
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from programs import run_program
 
-from latency.device import Device
 from latency.profile import profile
 from latency.records import Records
 from latency.roofline import Peaks, Probe
@@ -18,14 +15,8 @@ from slm.operators import parse_operator
 
 
 def run(folder, *arguments):
-    environment = {**os.environ, "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "latency.show", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    arguments = ["-m", "latency.show", *arguments]
+    return run_program(*arguments, folder=folder, environment={"COLUMNS": "100"})
 
 
 def contents(folder):
@@ -33,14 +24,11 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, module_device):
     """What `cache` is a copy of; measured once."""
-    folder = tmp_path_factory.mktemp("measured")
-    with pytest.MonkeyPatch.context() as patch:
-        # A lock that nobody else waits for.
-        patch.setattr("tempfile.tempdir", str(folder))
-        measure(folder / "cache", Device.current(threads=1, kind="cpu"))
-    return folder / "cache"
+    cache_dir = tmp_path_factory.mktemp("measured") / "cache"
+    measure(cache_dir, module_device)
+    return cache_dir
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from depth_width_configs import compose_study
+from programs import run_program
 from small_search import SETTINGS, small_text
 
 from search.cell_evaluator import CellEvaluator
@@ -128,17 +129,13 @@ def test_a_choice_can_be_trained(root, experiment, tmp_path) -> None:
     assert second.startswith("# The best depth and width within 1e+06 ms, of those trained: ")
     _, _, program, *arguments = first.split()
     text = small_text(tmp_path)
-    done = subprocess.run(
-        [
-            *(sys.executable, str(root / program), *arguments, "data=text", "trainer=cpu_small"),
-            *(f"data.files={text['files']}", f"data.cache_dir={text['cache_dir']}"),
-            *("tokenizer.vocab_size=300", "trainer.max_steps=1", "trainer.batch_tokens=32"),
-            *("trainer.sequence_tokens=16", "trainer.validation_tokens=128"),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
+    done = run_program(
+        *(root / program, *arguments, "data=text", "trainer=cpu_small"),
+        *(f"data.files={text['files']}", f"data.cache_dir={text['cache_dir']}"),
+        *("tokenizer.vocab_size=300", "trainer.max_steps=1", "trainer.batch_tokens=32"),
+        *("trainer.sequence_tokens=16", "trainer.validation_tokens=128"),
+        folder=tmp_path,
+        environment={"PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "runs" / "train" / "result.json").read_text())

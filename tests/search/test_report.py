@@ -1,13 +1,12 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 
 from search.report import operator_colors, report_content, write_report
 from search.report_figures import ACCENT, LINE
@@ -259,8 +258,7 @@ def test_a_search_that_has_scored_nothing(run_folder: Path) -> None:
 def test_a_folder_without_a_search_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "search.json").write_text(content)
-    command = [sys.executable, "-m", "search.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_program("-m", "search.report", tmp_path, folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'search.json'}: ")
     assert len(done.stderr.splitlines()) == 1

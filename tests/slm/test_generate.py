@@ -1,12 +1,11 @@
 """`python -m slm.generate`: text from whatever a model was written to."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_program
 from tokenizers import Tokenizer
 
 from slm.architecture import Architecture
@@ -70,12 +69,7 @@ def test_sampling_follows_the_seed(run: Path) -> None:
 
 def test_command_prints_prompt_and_text(run: Path, tmp_path: Path) -> None:
     arguments = [f"checkpoint={run}", "prompt='Ça va'", "new_tokens=6", "temperature=0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "slm.generate", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    done = run_program("-m", "slm.generate", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     config = GenerateConfig(checkpoint=run, prompt="Ça va", new_tokens=6, temperature=0)
     assert done.stdout == "Ça va" + "".join(stream(config)) + "\n"

@@ -1,15 +1,14 @@
 """A run folder with a model that was not trained, and what is exported from it."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_program
 
 from slm.architecture import Architecture
 from slm.data.config import TokenizerConfig
@@ -99,9 +98,7 @@ def wrap() -> Callable[..., SLMForCausalLM]:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command that people run."""
-    command = [sys.executable, "-m", "slm.hub.export", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_program("-m", "slm.hub.export", *arguments, folder=Path.cwd())
 
 
 @pytest.fixture(scope="session")

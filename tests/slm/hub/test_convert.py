@@ -1,15 +1,14 @@
 """Conversion between formats by the command, checked by whoever loads what comes out."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import run_program
 from safetensors.torch import load_file
 
 from slm.config import ConfigError
@@ -20,9 +19,7 @@ LLAMA = "attention(head_dim=8) ffn attention(head_dim=8) ffn"
 
 
 def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "slm.hub.convert", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_program("-m", "slm.hub.convert", *arguments, folder=Path.cwd())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run_program
 
 from slm.config import ConfigError
 from slm.training import sharded_checkpoint
@@ -155,8 +156,8 @@ def test_a_sharded_checkpoint_is_read_like_a_file(runs: dict[str, Path], tmp_pat
     folder = runs["fsdp"] / "checkpoints/last.ckpt"
     file = tmp_path / "checkpoints" / "model.ckpt"
     file.parent.mkdir()
-    command = [sys.executable, "-m", "slm.training.sharded_checkpoint", str(folder), str(file)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    done = run_program("-m", "slm.training.sharded_checkpoint", folder, file, folder=ROOT)
+    assert done.returncode == 0, done.stderr
     again, _ = load_checkpoint(file)
     tokens = torch.arange(20).reshape(2, 10)
     assert torch.equal(again(tokens), model(tokens))
