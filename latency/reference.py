@@ -2,19 +2,19 @@
 
 A shared machine is not equally fast from minute to minute, and not for all alike: a model that the
 core's own caches hold feels the clock, a larger one what neighbours do to the caches behind, too.
-So two requests run in every round, one far smaller and one far larger than those caches. A model's
-time is a multiple of the small one's if a core's own cache holds what its step reads, of the large
-one's if that is clearly more than the cache, and of what lies between both on the way from the one
-to the other.
+So two requests run in every round: one far smaller than those caches, and one that is like the
+models that they do not hold. A model's time is a multiple of the small one's if a core's own cache
+holds what its step reads, of the large one's if that is clearly more than the cache, and of what
+lies between both on the way from the one to the other.
 
-On a Xeon (cache of 2 MiB) twelve models of 1.1 to 6.6 MB and both references ran in turn for 35
-minutes, in which the small one's time varied by 50 % and the large one's by 25. As multiples of
-this, the models' medians of 100 rounds varied by 1.6 % (standard deviation), of a line from the
-small one's bytes to the large one's by 2.2, of the large one alone by 2.5, of the small one by 6.1.
+On a Xeon (cache of 2 MiB) ten models of 1.1 to 6.6 MB and both references were measured by 25
+processes one after the other, in 54 rounds each. In these 16 minutes the models' medians varied by
+4.8 % (standard deviation), as multiples of this by 1.4, of the large one's alone by 1.7, of the
+small one's by 2.4. By 2.2 to 3.2 % they varied where more of both was what Python does for a prompt
+and the large one was 9 steps that are all bandwidth (11 MB, two layers).
 
 No reference in between: a model that just fills a cache is in it or is not, by where its pages lie.
-Such a request's time as a multiple of those of ten models varied by 8 % from process to process,
-that of the large one by 3 %.
+Such a request's time as a multiple of those of ten models varied by 8 % from process to process.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ SMALL, LARGE = "small reference", "large reference"
 # one feels, from the second on what the large one does.
 KNEE = (0.4, 1.5)
 
-# Half the 95 % interval of what moves all models alike, as multiples of the references, from one
-# process to another: neither rounds nor placements of one process show it. Ten models measured
-# again half an hour later (benchmarks/repeatability.py) had moved by 1.1, 1.9 and 3.0 % on average
-# in three pairs of runs, on a machine that others share: a standard deviation of 1.5 % for a run.
+# Half the 95 % interval of what moves a model's multiple of the references from one process to
+# another: neither rounds nor placements of one process show it. Ten models measured again half an
+# hour later (benchmarks/repeatability.py), on a shared machine that had become 9 to 18 % faster,
+# had moved by 1.4 % (root mean square), all together by 0.9: a standard deviation of 1.0 % for a
+# run, noise of rounds and placements included.
 BETWEEN_RUNS_PERCENT = 2.0
 
 # The same everywhere. A step of the small one reads what a core's own caches hold, of the large one
-# several times as much. Almost all of both is decoding steps, as of the requests beside them.
+# twice as much and more. Almost all of both is decoding steps, as of the requests beside them.
 REQUESTS = {
     SMALL: (
         Architecture.parse("width=64 vocab_size=256 | attention(head_dim=32) ffn"),

@@ -41,6 +41,11 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """By an interpreter of its own, which reads where the hub is when it imports the client."""
+    return run([sys.executable, "-m", "slm.hub.export", *arguments])
+
+
 def push_command(folder: Path) -> list[str]:
     code = "import sys, pathlib; from slm.hub.push import push;"
     code += "push(pathlib.Path(sys.argv[1]), 'local/tiny', True)"
@@ -48,7 +53,7 @@ def push_command(folder: Path) -> list[str]:
 
 
 def test_export_is_uploaded_and_can_be_loaded_from_there(
-    at_hub: Hub, make_run: Any, run_export: Any, tmp_path: Path
+    at_hub: Hub, make_run: Any, tmp_path: Path
 ) -> None:
     trained = make_run(tmp_path / "run")
     command = [f"checkpoint={trained}", "push_to=local/tiny", "new_tokens=4"]
@@ -109,7 +114,7 @@ def test_a_broken_upload_goes_on_with_what_is_missing(
 
 
 def test_what_an_earlier_export_left_is_taken_away(
-    at_hub: Hub, make_run: Any, run_export: Any, tmp_path: Path
+    at_hub: Hub, make_run: Any, tmp_path: Path
 ) -> None:
     trained = make_run(tmp_path / "run", "", "ffn")
     assert run_export(f"checkpoint={trained}", "push_to=local/tiny", "new_tokens=4").returncode == 0
@@ -121,7 +126,7 @@ def test_what_an_earlier_export_left_is_taken_away(
 
 
 def test_a_refused_token_is_said_in_one_line(
-    at_hub: Hub, make_run: Any, run_export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_hub: Hub, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = "hf_" + "wrong" * 6
     monkeypatch.setenv("HF_TOKEN", wrong)
