@@ -43,9 +43,9 @@ KNEE = (0.4, 1.5)
 
 # Half the 95 % interval of what moves a model's multiple of the references from one process to
 # another: neither rounds nor placements of one process show it. Ten models measured again half an
-# hour later (benchmarks/repeatability.py), on a shared machine that had become 9 to 18 % faster,
-# had moved by 1.4 % (root mean square), all together by 0.9: a standard deviation of 1.0 % for a
-# run, noise of rounds and placements included.
+# hour later (benchmarks/repeatability.py) had moved by 1.4 % (root mean square) on a shared machine
+# that had become 9 to 18 % faster, and by 2.0 % when it had become 6 to 16 % slower; together by
+# 0.9 and 1.1: a standard deviation of 1.2 % for a run, noise of rounds and placements included.
 BETWEEN_RUNS_PERCENT = 2.0
 
 # The same everywhere. A step of the small one reads what a core's own caches hold, of the large one
