@@ -38,7 +38,8 @@ def run_program(
     """
     words = [str(each) for each in arguments]
     server, begun_with = _server()
-    asked = {**os.environ, **(environment or {}), **{name: begun_with[name] for name in OWN}}
+    own = {name: begun_with[name] for name in OWN}
+    asked = {**os.environ, **own, **(environment or {})}
     late = [
         name
         for name, value in asked.items()
