@@ -5,7 +5,8 @@ Models of attention (Llama), of Mamba2 and of both (Bamba) at some 2, 20 and 100
 has to read and write at the least, over our median step, as a share of the best reading of a large
 buffer that was timed in turn with it: 1 is what memory allows. Where memory is shared with other
 machines its speed changes by the minute; the figures also hold the median of step against reading
-in the same round, our step when nothing is compiled, and after how many tokens compiling has paid.
+in the same round, our step when nothing is compiled, after how many tokens compiling has paid, and
+our step after LONG_CONTEXT tokens, where keys and values are a large part of what is read.
 
 python benchmarks/decode.py
 python benchmarks/decode.py --models llama --sizes 2M 20M --seconds 60
@@ -47,6 +48,8 @@ FFN = f"ffn(ratio={RATIO})"
 READ_BYTES = 512 * 2**20
 # Steps timed as one beside it.
 BURST_STEPS = 8
+# Tokens before a step that reads many keys and values.
+LONG_CONTEXT = 4096
 
 console = Console(stderr=True)
 
@@ -103,7 +106,7 @@ def compare(
     prompt = torch.randint(architecture.vocab_size, (1, workload.prompt_tokens))
     prompt = prompt.to(device.torch_device)
     check_alike(theirs, ours, prompt)
-    max_tokens = workload.max_tokens + BURST_STEPS
+    max_tokens = max(workload.max_tokens, LONG_CONTEXT) + BURST_STEPS
     begin_s = time.monotonic()
     decoder = Decoder(ours, max_tokens, compile_unit="step")
     compile_s = time.monotonic() - begin_s
@@ -134,7 +137,7 @@ def compare(
 
     context = workload.prompt_tokens + new_tokens // 2
 
-    def steps(decoder: Decoder) -> None:
+    def steps(decoder: Decoder, context: int) -> None:
         decoder.pretend(context)
         tokens = prompt[:, -1]
         for _ in range(BURST_STEPS):
@@ -142,16 +145,25 @@ def compare(
 
     plain = Decoder(ours, max_tokens)
     bandwidth = measure_interleaved(
-        {"steps": partial(steps, decoder), "plain": partial(steps, plain), "read": buffer.sum},
+        {
+            "steps": partial(steps, decoder, context),
+            "plain": partial(steps, plain, context),
+            "long": partial(steps, decoder, LONG_CONTEXT),
+            "read": buffer.sum,
+        },
         device,
         protocol,
         # Only the first step of a burst finds the caches as the reading left them.
         derive=lambda samples: {"paired": samples["read"] / samples["steps"]},
     )
-    step_ms, plain_ms = (
-        float(np.median(bandwidth.samples[name])) / BURST_STEPS for name in ("steps", "plain")
+    step_ms, plain_ms, long_ms = (
+        float(np.median(bandwidth.samples[name])) / BURST_STEPS
+        for name in ("steps", "plain", "long")
     )
-    step = step_bytes(architecture, workload, context + BURST_STEPS // 2)
+    step, long_step = (
+        step_bytes(architecture, workload, tokens + BURST_STEPS // 2)
+        for tokens in (context, LONG_CONTEXT)
+    )
     read_ms = bandwidth.samples["read"]
     paired = bandwidth.measurements["paired"]
     # Of what was read per time: both sides of the ratio in bytes.
@@ -172,6 +184,10 @@ def compare(
         "best_read_bytes_per_s": 1000 * READ_BYTES / float(read_ms.min()),
         "median_read_bytes_per_s": 1000 * READ_BYTES / float(np.median(read_ms)),
         "bandwidth_fraction": round(step / step_ms / READ_BYTES * float(read_ms.min()), 3),
+        "long_context_step_ms": round(long_ms, 4),
+        "long_context_bandwidth_fraction": round(
+            long_step / long_ms / READ_BYTES * float(read_ms.min()), 3
+        ),
         "paired_bandwidth_fraction": round(scale * paired.median_ms, 3),
         "paired_interval": [round(scale * paired.low_ms, 3), round(scale * paired.high_ms, 3)],
     }
@@ -242,6 +258,8 @@ def print_results(found: dict[str, dict[str, dict[str, Any]]]) -> None:
         "GB/s",
         "of the best",
         "paired",
+        f"after {LONG_CONTEXT:,}, ms",
+        "of the best",
         "compiled in, s",
         "pays after",
     ):
@@ -260,6 +278,8 @@ def print_results(found: dict[str, dict[str, dict[str, Any]]]) -> None:
                 f"{row['bytes_per_s'] / 1e9:.1f}",
                 f"{row['bandwidth_fraction']:.2f}",
                 f"{row['paired_bandwidth_fraction']:.2f}",
+                f"{row['long_context_step_ms']:.3f}",
+                f"{row['long_context_bandwidth_fraction']:.2f}",
                 f"{row['compile_s']:.0f}",
                 f"{row['compiling_pays_after_tokens']:,} tokens",
             )

@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from slm.config import ConfigError
+from slm.kernels import decode_attention, matrix_vector
 from slm.kernels.backend import current_backend
-from slm.kernels.matrix_vector import DECOMPOSITIONS, c_shims
 from slm.sources import kernel_hash
 
 log = logging.getLogger(__name__)
 
 # Raise when what is done with an exported function changes.
 VERSION = 1
+
+# What our kernels in C++ have in common.
+VECTORS = Path(__file__).parent / "kernels" / "vectors.h"
 
 
 class CompilationError(ConfigError):
@@ -55,6 +58,16 @@ class Argument:
         sizes = ["*" if axis in self.varying else str(n) for axis, n in enumerate(x.shape)]
         strides = [str(s) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
         return f"{x.dtype}[{','.join(sizes)}]({','.join(strides)})".removeprefix("torch.")
+
+    def without_values(self) -> Tensor:
+        """The example in memory of its own, contiguous if it can be said to be.
+
+        Strides of axes of size one are free. Where they are not those of a contiguous tensor, the
+        compiler copies the whole of what is changed in place.
+        """
+        x = self.example
+        strides = torch.empty(x.shape, device="meta").stride() if x.is_contiguous() else x.stride()
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 class Library:
@@ -209,22 +222,19 @@ def _compile(
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             with FakeTensorMode():
-                examples = [
-                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-                    for x in (argument.example for argument in arguments)
-                ]
+                examples = [argument.without_values() for argument in arguments]
             exported = torch.export.export(
                 _Function(function), (examples,), dynamic_shapes=(shapes,), strict=False
             )
             table = torch.export.default_decompositions()
             if arguments[0].example.device.type == "cpu":
-                for operation, decomposition in DECOMPOSITIONS.items():
+                for operation, decomposition in matrix_vector.DECOMPOSITIONS.items():
                     table[operation] = decomposition
             exported = exported.run_decompositions(table)
             torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(temporary),
-                inductor_configs={"aot_inductor.custom_ops_to_c_shims": c_shims()},
+                inductor_configs={"aot_inductor.custom_ops_to_c_shims": _c_shims()},
             )
         os.replace(temporary, path)
     except CompilationError:
@@ -236,3 +246,15 @@ def _compile(
         raise CompilationError([f"{path}: cannot be compiled: {reason}"]) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _c_shims() -> dict[torch._ops.OpOverload, list[str]]:
+    """Of our operations, the C++ that every library begins with: `extern` and each of the texts."""
+    vectors, product, attention = (
+        path.read_text(encoding="utf-8")
+        for path in (VECTORS, matrix_vector.KERNEL, decode_attention.KERNEL)
+    )
+    return {
+        torch.ops.slm.matrix_vector.default: [f'"C++" {{\n{vectors}}}', product],
+        torch.ops.slm.decode_attention_cpu.default: [attention],
+    }

@@ -27,7 +27,7 @@ def _own_sources() -> hashlib._Hash:
     sources = [FOLDER / name for name in MODULES]
     for package in PACKAGES:
         folder = FOLDER / package
-        sources += sorted([*folder.glob("*.py"), *folder.glob("*.cpp")])
+        sources += sorted([*folder.glob("*.py"), *folder.glob("*.cpp"), *folder.glob("*.h")])
     digest = hashlib.sha256()
     for path in sources:
         digest.update(f"{path.relative_to(FOLDER).as_posix()}\0".encode())

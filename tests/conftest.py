@@ -36,13 +36,13 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 def _own_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is compiled is compiled anew, once for each run of the tests.
 
-    And they have a device lock of their own, to wait for nothing else that runs on this machine.
+    And each process has a device lock of its own, to wait for nothing else that runs on this
+    machine: how long something takes is no test's concern.
     """
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all processes
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLM_CACHE_DIR", str(folder / "slm_cache"))
+        patch.setenv("SLM_CACHE_DIR", str(shared / "slm_cache"))
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", str(folder))
         # A fifth less time for the compiler; what calls the compiled loops is a little slower.

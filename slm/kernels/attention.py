@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slm.kernels.backend import current_backend, use_fla
+from slm.kernels.decode_attention import DTYPES, decode_attention_cpu
 from slm.kernels.documents import Documents
 from slm.kernels.precision import accumulation_dtype
 
@@ -156,6 +157,10 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> T
         ):
             # Where `slm.kernels.triton.decode_attention` has been imported.
             return torch.ops.slm.decode_attention(q, k, v, lengths)
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and k.dtype in DTYPES:
+            query = q.float().contiguous()
+            y = decode_attention_cpu(query, k, v, lengths, torch.get_num_threads())
+            return y.to(q.dtype)
         places = torch.arange(k.shape[1], device=k.device)
         mask = (places < lengths[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(

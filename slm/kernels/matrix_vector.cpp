@@ -2,18 +2,17 @@
 // becomes a part of. Weights are fp32 or bf16, x and y fp32.
 //
 // The product takes as long as reading the matrix. So four rows are read at a time, each with a sum
-// of its own, while the next four are fetched. Vectors are the compiler's own, for whatever
-// instructions there are; the library's other code is built without inlining what is small.
+// of its own, while the next four are fetched. A thread that is done sooner, since the other's core
+// has other work too, takes more of them (guided).
 AOTITorchError aoti_torch_cpu_matrix_vector(
     AtenTensorHandle weight_handle,
     AtenTensorHandle x_handle,
     int64_t threads,
     AtenTensorHandle* result)
 {
-  constexpr int64_t LANES = 16, ROWS = 4;
-  typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
-  typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
+  using namespace slm;
+  // Rows at a time, and what a thread takes at the least before it looks for more.
+  constexpr int64_t ROWS = 4, LEAST_BYTES = 192 * 1024;
 
   int64_t* sizes = nullptr;
   int32_t dtype = 0;
@@ -30,28 +29,6 @@ AOTITorchError aoti_torch_cpu_matrix_vector(
   const float* x = static_cast<const float*>(x_data);
   float* y = static_cast<float*>(y_data);
 
-  const auto load = [](const auto* from) __attribute__((always_inline)) {
-    if constexpr (sizeof(*from) == sizeof(float)) {
-      return *reinterpret_cast<const Floats*>(from);
-    } else {
-      // The upper half of an fp32.
-      const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
-      return reinterpret_cast<const Floats&>(words);
-    }
-  };
-  const auto value = [](const auto* from) __attribute__((always_inline)) {
-    if constexpr (sizeof(*from) == sizeof(float)) {
-      return *from;
-    } else {
-      const uint32_t word = static_cast<uint32_t>(*from) << 16;
-      return reinterpret_cast<const float&>(word);
-    }
-  };
-  const auto total = [](Floats sums) __attribute__((always_inline)) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-    return sum;
-  };
   const auto product = [&](const auto* weight) {
     const int64_t whole = inputs - inputs % LANES;
     const auto row = [&](int64_t o) __attribute__((always_inline)) {
@@ -84,7 +61,9 @@ AOTITorchError aoti_torch_cpu_matrix_vector(
       }
     };
     const int64_t blocks = outputs / ROWS;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    const int64_t block_bytes = ROWS * inputs * static_cast<int64_t>(sizeof(*weight));
+    const int64_t least_blocks = std::max<int64_t>(1, LEAST_BYTES / block_bytes);
+    #pragma omp parallel for schedule(guided, least_blocks) num_threads(threads) if (threads > 1)
     for (int64_t block = 0; block < blocks; ++block) rows(block * ROWS);
     for (int64_t o = blocks * ROWS; o < outputs; ++o) row(o);
   };

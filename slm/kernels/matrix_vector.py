@@ -11,9 +11,9 @@ Of large matrices the compiler's loop, which takes one row after the other, does
 busy, and the product is C++ of ours, `matrix_vector.cpp`: a feed-forward network of width 768 takes
 0.65 ms instead of 0.82 on two threads. Of small ones, which the caches hold, the loop is faster.
 
-`DECOMPOSITIONS` rewrites an exported step so; `c_shims` goes to whoever compiles it.
+`DECOMPOSITIONS` rewrites an exported step so.
 
-Letters: B rows, I inputs, O outputs, H query heads, G key-value heads, N places, K head size.
+Letters: B rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,6 @@ def _(weight: Tensor, x: Tensor, threads: int) -> Tensor:
     return x.new_empty(weight.shape[0])
 
 
-def c_shims() -> dict[torch._ops.OpOverload, list[str]]:
-    """Of our operations, the C++ that AOTInductor puts into a library that calls them."""
-    return {torch.ops.slm.matrix_vector.default: [KERNEL.read_text(encoding="utf-8")]}
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y [..., O] of x [..., I] and weight [O, I]; of one row as a sum, or by the kernel."""
     if x.numel() == x.shape[-1]:
@@ -74,38 +69,7 @@ def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(-1).to(wide) * b.unsqueeze(1).to(wide)).sum(2).to(a.dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Softmax attention of one query, q [B, H, 1, K], over k, v [B, G, N, K].
-
-    mask: [B, 1 or H, 1, N], bool. Raises NotImplementedError for what else torch's takes.
-    """
-    has_other_mask = is_causal or (mask is not None and mask.dtype != torch.bool)
-    if q.shape[2] != 1 or dropout or has_other_mask:
-        raise NotImplementedError("a step attends with one query, and a mask of bools or none")
-    wide = accumulation_dtype(q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    heads = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)  # [B, G, H / G, K]
-    scores = (heads.unsqueeze(3) * k.unsqueeze(2).to(wide)).sum(-1) * scale  # [B, G, H / G, N]
-    if mask is not None:
-        visible = mask.squeeze(2).expand(-1, q.shape[1], -1).unflatten(1, heads.shape[1:3])
-        scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1)
-    y = (weights.unsqueeze(-1) * v.unsqueeze(2).to(wide)).sum(3)
-    return y.flatten(1, 2).unsqueeze(2).to(q.dtype)
-
-
 DECOMPOSITIONS = {
     aten.linear.default: linear,
     aten.bmm.default: batched_matmul,
-    aten.scaled_dot_product_attention.default: attend,
 }

@@ -9,7 +9,7 @@ from numerics import relative_rms
 from torch import Tensor
 
 from slm.compilation import Argument, library, library_path
-from slm.kernels.matrix_vector import KERNEL, LARGE_BYTES, attend, batched_matmul, linear
+from slm.kernels.matrix_vector import KERNEL, LARGE_BYTES, batched_matmul, linear
 from slm.runtime import thread_count
 
 DTYPES = [torch.float64, torch.bfloat16]
@@ -35,18 +35,6 @@ def test_linear(shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype) -> N
 def test_batched_matmul(t: int, o: int, dtype: torch.dtype) -> None:
     a, b = torch.randn(3, t, 24, dtype=dtype), torch.randn(3, 24, o, dtype=dtype)
     assert relative_rms(batched_matmul(a, b), torch.bmm(a, b)) < bound(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attend(groups: int, dtype: torch.dtype) -> None:
-    q = torch.randn(2, 4, 1, 16, dtype=dtype)
-    k, v = torch.randn(2, 2, groups, 30, 16, dtype=dtype)
-    mask = torch.rand(2, 1, 1, 30) < 0.7
-    expected = F.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=groups < 4
-    )
-    assert relative_rms(attend(q, k, v, mask, enable_gqa=groups < 4), expected) < bound(dtype)
 
 
 # Of outputs and inputs, neither of them whole blocks of the kernel's; and a small one.
