@@ -16,8 +16,9 @@ AOTITorchError aoti_torch_cpu_decode_attention_cpu(
   using namespace slm;
   // Places in a block: whole vectors of scores, and keys that stay in the first cache.
   constexpr int64_t BLOCK = 16;
-  // What is worth a thread.
-  constexpr int64_t LEAST_BYTES = 96 * 1024;
+  // What is worth a second thread, and then all of them: threads that a smaller team leaves out end,
+  // and the next larger one has to start them again.
+  constexpr int64_t LEAST_BYTES = 192 * 1024;
   // The score of no place.
   constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
@@ -50,7 +51,7 @@ AOTITorchError aoti_torch_cpu_decode_attention_cpu(
   const auto attend = [&](const auto* k, const auto* v) {
     int64_t bytes = 0;
     for (int64_t b = 0; b < B; ++b) bytes += places(b) * G * K * 2 * sizeof(*k);
-    const int64_t shares = std::max<int64_t>(1, std::min(threads, bytes / LEAST_BYTES));
+    const int64_t shares = bytes < LEAST_BYTES ? 1 : threads;
     // Of each share and query: the largest score, the sum of weights, the weighted values.
     std::vector<float> best(shares * B * H, NOTHING);
     std::vector<float> weights(shares * B * H), sums(shares * B * H * K);
