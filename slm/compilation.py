@@ -226,15 +226,14 @@ def _compile(
             exported = torch.export.export(
                 _Function(function), (examples,), dynamic_shapes=(shapes,), strict=False
             )
-            table = torch.export.default_decompositions()
+            table, options = torch.export.default_decompositions(), {}
             if arguments[0].example.device.type == "cpu":
+                options["aot_inductor.custom_ops_to_c_shims"] = _c_shims()
                 for operation, decomposition in matrix_vector.DECOMPOSITIONS.items():
                     table[operation] = decomposition
             exported = exported.run_decompositions(table)
             torch._inductor.aoti_compile_and_package(
-                exported,
-                package_path=str(temporary),
-                inductor_configs={"aot_inductor.custom_ops_to_c_shims": _c_shims()},
+                exported, package_path=str(temporary), inductor_configs=options
             )
         os.replace(temporary, path)
     except CompilationError:
