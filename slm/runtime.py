@@ -46,7 +46,8 @@ class RuntimeConfig(PluginsConfig):
 
     backend: 'auto' runs the kernels of flash-linear-attention (fla) on CUDA and this package's
         torch forms elsewhere; 'torch' insists on the latter, 'fla' on fla's wherever fla has one.
-        Mamba's scan is torch's everywhere, attention but for single tokens on CUDA.
+        Mamba's scan is torch's everywhere, attention but for single tokens in compiled steps and
+        on CUDA.
     """
 
     backend: Backend = "auto"

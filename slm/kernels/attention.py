@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slm.kernels.backend import current_backend, use_fla
-from slm.kernels.decode_attention import DTYPES, decode_attention_cpu
+from slm.kernels.decode_attention import DTYPES, attend_places, decode_attention_cpu
 from slm.kernels.documents import Documents
 from slm.kernels.precision import accumulation_dtype
 
@@ -148,7 +148,6 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> T
 
     None: all of them. Lengths are tensors where a step is compiled or captured for many.
     """
-    mask = None
     if lengths is not None:
         if (
             q.is_cuda
@@ -161,16 +160,7 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> T
             query = q.float().contiguous()
             y = decode_attention_cpu(query, k, v, lengths, torch.get_num_threads())
             return y.to(q.dtype)
-        places = torch.arange(k.shape[1], device=k.device)
-        mask = (places < lengths[:, None])[:, None, None]
-    y = F.scaled_dot_product_attention(
-        q.unsqueeze(2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=q.shape[1] != k.shape[2],
-    )
-    return y.squeeze(2)
+    return attend_places(q, k, v, lengths)
 
 
 def visible_keys(

@@ -18,22 +18,33 @@ KERNEL = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@torch.library.custom_op("slm::decode_attention_cpu", mutates_args=())
-def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, threads: int) -> Tensor:
-    """y [B, H, K] fp32 of q [B, H, K] over the first lengths [B] places of k, v [B, N, G, K].
+def attend_places(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """y [B, H, K] of q [B, H, K] over the first `lengths` [B] places of k, v [B, N, G, K].
 
-    q is fp32 and contiguous, keys and values are fp32 or bf16. Every row has at least one place;
-    lengths above N mean all of them. This is what the kernel computes.
+    None: all of them.
     """
-    visible = torch.arange(k.shape[1]) < lengths[:, None]
+    mask = None
+    if lengths is not None:
+        places = torch.arange(k.shape[1], device=k.device)
+        mask = (places < lengths[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(
         q.unsqueeze(2),
-        k.float().transpose(1, 2),
-        v.float().transpose(1, 2),
-        attn_mask=visible[:, None, None],
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
         enable_gqa=q.shape[1] != k.shape[2],
     )
-    return y.squeeze(2).contiguous()
+    return y.squeeze(2)
+
+
+@torch.library.custom_op("slm::decode_attention_cpu", mutates_args=())
+def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, threads: int) -> Tensor:
+    """`attend_places` as the kernel computes it: y in fp32.
+
+    q is fp32 and contiguous, keys and values are fp32 or bf16. Every row has at least one place;
+    lengths above N mean all of them.
+    """
+    return attend_places(q, k.float(), v.float(), lengths).contiguous()
 
 
 @decode_attention_cpu.register_fake
